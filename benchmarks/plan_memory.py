@@ -73,9 +73,9 @@ def recipe_rows(names: list[str]) -> Iterator[tuple[str, dict[str, float]]]:
     import pretend_device
 
     pretend_device.start()
-    from steersman.cli import VERBS, _load
     from steersman.train.offline import Offline
     from steersman.train.on_policy import OnPolicy
+    from steersman.verb_table import VERBS, import_object
 
     peaks: list[int] = []
 
@@ -103,13 +103,13 @@ def recipe_rows(names: list[str]) -> Iterator[tuple[str, dict[str, float]]]:
             peaks.clear()
             verb = VERBS[preflight.CASES[name][0]]
             recipe: Any = verb.recipe_class(None, []).model_validate(given)
-            _load(verb.run)(recipe)
+            import_object(verb.run)(recipe)
             yield name, {"used": max(peaks) - before[0]}
 
 
 def plan_again(rows: dict[str, dict[str, float]]) -> None:
     """Adds what is planned of each recipe to its row."""
-    from steersman.cli import VERBS
+    from steersman.verb_table import VERBS
 
     with tempfile.TemporaryDirectory() as folder:
         inputs(Path(folder))
@@ -121,8 +121,9 @@ def plan_again(rows: dict[str, dict[str, float]]) -> None:
 
 def planned(recipe: Any, sampled: bool) -> dict[str, float]:
     """What the plan adds up for one device, without the driver's share."""
+    from steersman.plan.costs import weigh
     from steersman.plan.devices import Cluster, Device
-    from steersman.plan.layouts import Layout, weigh
+    from steersman.plan.layouts import Layout
     from steersman.verbs.plan import roles_of, work_of
 
     work = replace(work_of(recipe, PROMPT if sampled else LENGTH), scores=LENGTH)
@@ -203,8 +204,9 @@ def planned_shape(name: str, checkpointing: bool, tokens: int = 4096, length: in
     from transformers import LlamaConfig
 
     from steersman.model.shape import shape_from
+    from steersman.plan.costs import weigh
     from steersman.plan.devices import Cluster, Device
-    from steersman.plan.layouts import Layout, Role, Work, weigh
+    from steersman.plan.layouts import Layout, Role, Work
 
     shape = shape_from(LlamaConfig(**SHAPES[name]), name)
     work = Work(

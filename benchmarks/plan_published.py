@@ -15,8 +15,9 @@ from typing import Any
 import transformers as hf
 
 from steersman.model.shape import Shape, shape_from, shape_of
+from steersman.plan.costs import weigh
 from steersman.plan.devices import KNOWN, Cluster
-from steersman.plan.layouts import Role, Work, layouts, weigh
+from steersman.plan.layouts import Role, Work, layouts
 from steersman.plan.simulate import Lengths, best_apart, simulate
 
 RESULTS = Path(__file__).parents[1] / "docs" / "results"

@@ -2,8 +2,9 @@
 
     python tools/families.py [--only llama t5 ...] [--out docs/results/families.md] [--seconds 60]
 
-Each family is tried in a process of its own: load, the first ratio, padding, LoRA, gradient checkpointing, and a step
-of sft, dpo and grpo by the verbs. A family works, or is refused by name; anything else is a failure and told so.
+Each family is tried in a process of its own: load, the first ratio, padding, LoRA, adapters saved, merged and read
+back, gradient checkpointing, and a step of sft, dpo and grpo by the verbs. A family works, or is refused by name;
+anything else is a failure and told so.
 Random weights, float32 on a CPU: what a family computes is checked, not what a pretrained model can do.
 """
 
@@ -91,7 +92,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Sizes that hang together otherwise than by their names."""
 LARGEST = 20_000_000
-CHECKS = ("load", "ratio", "padding", "lora", "checkpointing", "sft", "dpo", "grpo")
 
 
 def families() -> dict[str, str]:
@@ -198,7 +198,7 @@ def tries(folder: Path, work: Path, notes: list[str]) -> dict[str, Callable[[], 
     from letter_models import write_jsonl  # type: ignore
 
     from steersman import cli
-    from steersman.model import LoraConfig, load_policy
+    from steersman.model import LoraConfig, load_policy, save
     from steersman.rollout import Engine, Sampling
     from steersman.train.experience import tokens_of
     from steersman.types import Prompt, Tokens
@@ -236,6 +236,15 @@ def tries(folder: Path, work: Path, notes: list[str]) -> dict[str, Callable[[], 
             for p in trained:
                 p.add_(0.02)
         agree(policy, 33)
+        tokens = Tokens.from_ids([p.ids for p in prompts], [[4, 6, 9], [8], [11, 5, 7, 20, 6], [9, 9]])
+        with torch.no_grad():
+            kept = policy.logp(tokens).logp
+            for form in ("adapters", "merged"):
+                again = load_policy(save(policy, None, work / form, merged=form == "merged"), device="cpu")
+                gap = float((again.logp(tokens).logp - kept).abs().max())
+                assert gap < 1e-3, (
+                    f"{form} that were saved and read back give log-probabilities that differ by {gap:.2g}"
+                )
 
     def checkpointing() -> None:
         tokens = Tokens.from_ids([p.ids for p in prompts], [[4, 6, 9], [8], [11, 5, 7], [9, 9]])
@@ -341,7 +350,8 @@ def page(found: dict[str, dict[str, Any]], version: str) -> str:
         f"Written by `python tools/families.py` with transformers {version}, whose registry knows {len(families())}",
         f"families of causal language models and encoder-decoders; {len(found)} of them are below. Each was made",
         "small from its own config class, with random weights, and put through: loading, a first ratio of 1, rows",
-        "that do not see each other, LoRA, gradient checkpointing, and a step each of `sft`, `dpo` and `grpo`.", "",
+        "that do not see each other, LoRA, adapters saved, merged and read back, gradient checkpointing, and a step",
+        "each of `sft`, `dpo` and `grpo`.", "",
         f"{counts['works']} work, {counts['refused']} are refused by name, {counts['failed']} fail. Of "
         f"{counts['not tried']} no small config",
         "could be made by setting sizes alone, or the time was up, so nothing is known of them here. A family is",

@@ -58,10 +58,10 @@ def scan_collect(examples: int) -> int:
         runs.mkdir()
         arguments = ["--store", str(place / "feedback.db"), "--model.path", str(story_model()), "--runs", str(runs)]
         with (
-            collecting(*arguments, "--sampling.max_new_tokens", "4") as (url, _),
-            httpx2.Client(base_url=url) as http,
+            collecting(*arguments, "--sampling.max_new_tokens", "4") as (link, _),
+            httpx2.Client(base_url=(url := link.partition("/enter/")[0]), follow_redirects=True) as http,
         ):
-            page = http.get("/")
+            page = http.get(link)
             missing = [name for name in HEADERS if name.lower() not in page.headers]
             token = re.findall(r'name="csrf" value="([^"]*)"', page.text)[0]
             schema = place / "openapi.json"

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from steersman.cli import VERBS, Verb
 from steersman.config.load import load_recipe as read_recipe
 from steersman.config.sections import Section
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS, Verb
 
 
 def load_recipe(verb: str, path: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> Section:

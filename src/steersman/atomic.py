@@ -1,6 +1,8 @@
 """Files and folders that are whole or not there, whenever the process dies.
 
 A file or folder that is being written has a name that starts with `.tmp-` until it is whole; then it is renamed.
+Nothing here writes through a link: in a run folder that came from somebody else one may lead to any file of the
+user's.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     tmp = path.with_name(f"{_TMP}{path.name}")
     with saving(path):
         try:
-            with tmp.open("wb") as file:
+            with _new(tmp) as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
@@ -39,6 +41,39 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             flush_to_disk(path.parent)
         finally:
             tmp.unlink(missing_ok=True)
+
+
+def unlinked(path: str, flags: int) -> int:
+    """An `opener` for `open`, for files that are added to or locked: a descriptor, never one through a link.
+
+    Raises SteersmanError where the path is a link, OSError as `open` does.
+    """
+    refuse_links(Path(path))
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # a link that was put there just now is an OSError
+
+
+def refuse_links(*paths: Path) -> None:
+    """Raises SteersmanError naming the first path that is a link, whether or not it leads anywhere."""
+    for path in paths:
+        if path.is_symlink():
+            raise SteersmanError(
+                f"{path}: it is a link (to {os.readlink(path)}), and what is written here is not written through "
+                "links; remove the link, or name the file itself"
+            )
+
+
+def _new(tmp: Path) -> BufferedWriter:
+    """A file of this name that was not there before; whatever had the name is gone."""
+    tmp.unlink(missing_ok=True)
+    return open(tmp, "xb", opener=unlinked)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder with what is in it, as far as that can be done; of a link the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_now(file: FileIO, text: str) -> None:
@@ -64,7 +99,7 @@ def _check_place(file: Path) -> None:
         raise SteersmanError(f"{file}: there is no folder {file.parent}; make it first, or name another file")
     tmp = file.with_name(f"{_TMP}{file.name}")
     with saving(file):
-        tmp.touch()
+        _new(tmp).close()
         tmp.unlink()
 
 
@@ -90,7 +125,7 @@ def begin_dir(final: Path) -> Path:
     """
     tmp = final.with_name(f"{_TMP}{final.name}")
     with saving(final):
-        shutil.rmtree(tmp, ignore_errors=True)
+        remove_folder(tmp)
         tmp.mkdir(parents=True)
     return tmp
 
@@ -107,12 +142,12 @@ def replace_dir(tmp: Path, final: Path) -> None:
     for folder in [*(p for p in tmp.rglob("*") if p.is_dir()), tmp]:
         flush_to_disk(folder)
     old = final.with_name(f"{_OLD}{final.name}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if final.exists() or final.is_symlink():
+        remove_folder(old)
         os.rename(final, old)
     os.rename(tmp, final)
     flush_to_disk(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
 
 
 @contextmanager
@@ -138,7 +173,7 @@ def locked(final: Path) -> Iterator[None]:
 
 def _open_locked(path: Path) -> BufferedWriter:
     while True:
-        file = path.open("ab")
+        file = open(path, "ab", opener=unlinked)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held it before has removed the file; then the lock of this one keeps nobody out. It is opened
@@ -161,12 +196,12 @@ def recover(folder: Path) -> None:
     for old in folder.glob(f"{_OLD}*"):
         final = old.with_name(old.name.removeprefix(_OLD))
         if final.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
         else:
             os.rename(old, final)
     for tmp in folder.glob(f"{_TMP}*"):
         if tmp.is_dir():
-            shutil.rmtree(tmp, ignore_errors=True)
+            remove_folder(tmp)
         else:
             tmp.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from steersman.atomic import saving
+from steersman.atomic import saving, unlinked
 from steersman.guards.untrusted import UntrustedError, parse_json
 from steersman.types import SteersmanError
 
@@ -27,11 +27,11 @@ def append_jsonl(path: Path, row: Any) -> None:
     """Adds one row to the end of a file and flushes it to the disk, so that a kill loses at most this one.
 
     A line that a kill cut short does not swallow the row. Threads and processes may share the file.
-    Raises SteersmanError where the disk is full or the file can not be written.
+    Raises SteersmanError where the disk is full, the file is a link or can not be written.
     """
     # Half a surrogate pair becomes its escape, which JSON reads back.
     line = jsonl_text([row]).encode(errors="backslashreplace")
-    with saving(path), path.open("a+b") as file:
+    with saving(path), open(path, "a+b", opener=unlinked) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         end = file.seek(0, os.SEEK_END)
         if end:

@@ -209,7 +209,8 @@ class Trajectory:
     at a row's length is V of the state after its last step, which a truncated episode bootstraps from.
     `logp_old` is the behaviour log-probability, `logp_ref` the reference's. `group` numbers the prompt that a
     row answers. `baseline` is the score that a row is compared with (ReMax: the greedy response to the same
-    prompt; a moving mean). `logp_rollout` is what another engine recorded, where rollouts were made elsewhere.
+    prompt; a moving mean; A*-PO: the prompt's optimal value). `logp_rollout` is what another engine recorded, where
+    rollouts were made elsewhere.
     `score` is what a row earned without any KL penalty, and `paid` the same step by step, where `turn` is there;
     `judged` is what the rewards gave before any shaping. `parts` are the rewards that it was added up from, each with
     its weight. `penalty_mask` are steps on which a method's loss adds its penalty (KL-Cov). `turn` numbers the

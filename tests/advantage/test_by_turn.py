@@ -10,7 +10,7 @@ import torch
 from steersman.advantage.by_turn import by_turn
 from steersman.algorithms import ALGORITHMS
 from steersman.environments.config import BaselinePer
-from steersman.train.experience import tokens_of, trajectory
+from steersman.train.experience import EpisodeRules, tokens_of, trajectory
 from steersman.types import Prompt, Sample, Turn
 
 F64 = torch.float64
@@ -28,8 +28,8 @@ def played(algorithm, paid, *, by: BaselinePer, turns: int, group=(0, 0, 0, 0), 
     pay[:, per - 1 :: per] = torch.tensor(paid, dtype=F64)
     old = torch.full((4, 4), -1.0, dtype=F64)
     return trajectory(
-        samples, tokens_of(samples), pay.sum(1), algorithm, beta, logp_old=old,
-        logp_ref=old - torch.tensor(KL, dtype=F64), per_token=pay, baseline_per=by,
+        samples, tokens_of(samples), pay.sum(1), algorithm, beta=beta, logp_old=old,
+        logp_ref=old - torch.tensor(KL, dtype=F64), per_token=pay, rules=EpisodeRules(baseline_per=by),
     )  # fmt: skip
 
 

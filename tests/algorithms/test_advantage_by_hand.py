@@ -101,6 +101,7 @@ EXPECTED = {
     **dict.fromkeys(("dr-grpo", "gpg"), lambda: per_response(lead)),
     "reinforce++-baseline": lambda: whitened(per_response(lead)),
     "gdpo": lambda: whitened(per_response(decoupled)),
+    "a2po": lambda: per_response(lambda b: SCORE[b] - BASELINE[b]),  # KL is in the loss
     # of two the better one gets all that it is ahead by, and the other nothing; what is not score (KL) is compared
     "pass-at-k": lambda: per_response(
         lambda b: 2 * max(0.0, SCORE[b] - SCORE[others(b)[0]]) + penalty(b) - penalty(others(b)[0])

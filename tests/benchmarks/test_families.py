@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from families import families, one, page, shrink  # type: ignore
+from families import families, make, one, page, shrink, tries  # type: ignore
 
 
 def test_the_registry_is_transformers_own_and_sizes_become_small():
@@ -29,6 +29,7 @@ def test_the_registry_is_transformers_own_and_sizes_become_small():
     [
         ("gemma4_text", "works"),
         ("qwen2_moe", "works"),
+        ("mixtral", "works"),
         ("t5", "works"),
         ("falcon_h1", "works"),
         ("inkling2_text", "refused"),
@@ -40,6 +41,18 @@ def test_a_family_works_or_is_refused_by_name(kind, status):
     assert (kind in found["why"]) == (status == "refused")
 
 
+def test_the_round_of_adapters_saves_merges_and_reads_them_back(tmp_path, monkeypatch):
+    from steersman import model
+
+    assert not make("mixtral", "causal", tmp_path / "model")
+    tries(tmp_path / "model", tmp_path, [])["lora"]()
+    assert (tmp_path / "adapters" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    monkeypatch.setattr(model, "save", lambda *_, **__: tmp_path / "model")  # a save that loses the adapters
+    with pytest.raises(AssertionError, match="adapters that were saved and read back give"):
+        tries(tmp_path / "model", tmp_path, [])["lora"]()
+
+
 def test_the_page_has_a_row_for_each_and_no_markup_of_others():
     found = {
         "a": {"status": "works", "why": "", "style": "causal"},
@@ -49,3 +62,4 @@ def test_the_page_has_a_row_for_each_and_no_markup_of_others():
     assert "| a | causal | works |  |" in text
     assert "| b | causal | failed | &lt;b> / x (at ratio) |" in text
     assert "1 work, 0 are refused by name, 1 fail" in text
+    assert "adapters saved, merged and read back" in text

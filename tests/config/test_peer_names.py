@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from steersman.cli import VERBS, _load
 from steersman.config.load import load_recipe
 from steersman.config.peer_names import FREE, PEERS, peer_hint
 from steersman.config.sections import walk_keys
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS, import_object
 
-LEARNING = ("sft", "reward", "ppo", "grpo", "sapo", "vespo", "dpo", "kto", "best-of-n", "online-dpo", "generate")
+LEARNING = (
+    "sft", "reward", "ppo", "grpo", "sapo", "vespo", "a2po", "dpo", "kto", "best-of-n", "online-dpo", "generate",
+)  # fmt: skip
 
 
 def keys_of(verb: str) -> set[str]:
-    return {key for key, _ in walk_keys(_load(VERBS[verb].recipe))}
+    return {key for key, _ in walk_keys(import_object(VERBS[verb].recipe))}
 
 
 CASES = [
@@ -50,6 +52,7 @@ CASES = [
     ("grpo", "top_entropy_quantile", "algorithm.top_entropy"),
     ("ppo", "off_policy_mask_threshold", "algorithm.off_policy_threshold"),
     ("vespo", "vespo_lambda_neg", "algorithm.lambda_negative"),
+    ("a2po", "num_value_samples", "algorithm.value_samples"),
 ]
 
 
@@ -59,7 +62,7 @@ def test_a_peers_name_is_answered_with_the_verbs_own_key(verb, name, ours, tmp_p
     recipe.write_text(f"{name}: 1\n")
     for path, words in ((None, [f"--{name}", "1"]), (None, [f"--{name}"]), (recipe, [])):
         with pytest.raises(SteersmanError, match=rf"{name}: unknown key; here it is {ours}( |\n|$)"):
-            load_recipe(_load(VERBS[verb].recipe), path, words)
+            load_recipe(import_object(VERBS[verb].recipe), path, words)
 
 
 @pytest.mark.parametrize("verb", LEARNING)

@@ -191,8 +191,37 @@ def test_replay_keeps_the_newest_and_marks_ends():
     # within an episode the next observation of one transition is the observation of the following
     order = (replay.next + torch.arange(50)) % 50
     obs, after, ends = replay.obs[order], replay.next_obs[order], ends[order]
-    linked = (after[:-1] == obs[1:]).all(-1)
-    assert bool((linked | ends[:-1])[: int(seen.length[:-1].sum()) - 1].float().mean() > 0.9)
+    linked = (after[:-2] == obs[2:]).all(-1)  # the two copies take turns
+    assert bool((linked | ends[:-2]).all())
+
+
+@pytest.mark.parametrize("size", [7, 20, 100, 256, 300])
+def test_replay_keeps_the_newest_steps_of_every_copy(size):
+    from steersman.control.dqn import Replay
+    from steersman.control.experience import Experience
+
+    copies, steps = 4, 64
+    replay = Replay(size, 1)
+    for first in (0, steps):
+        # each copy's steps as two rows, copy by copy, as a collection has them
+        rows = [(c, start, n) for c in range(copies) for start, n in ((0, 10 + c), (10 + c, steps - 10 - c))]
+        obs = torch.stack([1000.0 * c + first + start + torch.arange(61.0) for c, start, _ in rows])[..., None]
+        B = len(rows)
+        zeros = torch.zeros(B, 60)
+        seen = Experience(
+            obs=obs, action=zeros.long(), reward=obs[:, :-1, 0], length=torch.tensor([n for *_, n in rows]),
+            begun=torch.tensor([start for _, start, _ in rows]), terminated=torch.zeros(B, dtype=torch.bool),
+            returns=[], lengths=[],
+        )  # fmt: skip
+        replay.add(seen, 0.9, 1.0)
+    assert replay.count == min(size, 2 * copies * steps)
+    assert torch.equal(replay.reward, replay.obs[:, 0]), "fields of one transition lie apart"
+    time, last = replay.obs[:, 0] % 1000, 2 * steps - 1
+    assert int(time.min()) == last - -(-size // copies) + 1
+    for copy in range(copies):
+        own = time[replay.obs[:, 0] // 1000 == copy]
+        assert size // copies <= len(own) <= -(-size // copies)
+        assert int(own.max()) == last
 
 
 def test_fast_learning():
@@ -373,6 +402,11 @@ def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
             "nothing would be learned",
         ),
         (["--algorithm", "sarsa", "--network.hidden", "[4]"], "network.hidden: this verb does not read it"),
+        (["--algorithm", "ppo", "--network.hidden", "[64, 0]"], "network.hidden"),
+        (["--algorithm", "ppo", "--network.hidden", "[-3]"], "network.hidden"),
+        (["--algorithm", "dqn", "--settings.replay", "255"], "a collection has 256 transitions"),
+        (["--algorithm", "dqn", "--settings.replay", "256", "--settings.batch", "300"], "a batch has 300"),
+        (["--algorithm", "dqn", "--settings.replay", "900"], "at the first update has 1,000 transitions"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(words, said):

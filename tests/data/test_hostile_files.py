@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from steersman.data import BadRows, DataConfig, demonstrations, read_rows
+from steersman.data import BadRows, DataConfig, demonstrations, preferences, read_rows
 from steersman.types import SteersmanError
 
 GOOD = '{"prompt": "d", "completion": "e"}\n'
@@ -201,3 +201,12 @@ def test_any_bytes_are_rows_or_a_named_error(tmp_path, content, suffix, policy, 
     except SteersmanError:
         pass
     assert time.process_time() - began < 3
+
+
+def test_blanks_in_a_debate_take_time_that_grows_with_their_number(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"#id": "1", "label": "a2", "a1": "b", "a2": "a" + " " * 100_000 + "<br/> c <br>d"}))
+    start = time.process_time()
+    (pair,) = preferences(DataConfig(path=str(path))).train
+    assert pair.chosen == "a\nc\nd"
+    assert time.process_time() - start < 3

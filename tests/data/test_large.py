@@ -295,6 +295,39 @@ def test_a_set_is_made_anew_where_content_or_settings_changed_and_not_else(rows,
     assert len(there()) == 4
 
 
+BOS = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bos_token": "</s>"},
+        {"pad_token": "<s>"},
+        {"additional_special_tokens": ["<unk>"]},
+        {"split_special_tokens": True},
+    ],
+)
+def test_a_set_is_made_anew_where_the_tokenizer_is_another_in_whatever_it_says_of_itself(change, tmp_path):
+    """What its configuration alone says decides rows too: a template writes special tokens by name."""
+    model, cache = save_mini(tmp_path / "model"), tmp_path / "cache"
+    data = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
+    config = made(write_jsonl(tmp_path / "rows.jsonl", data), cache=str(cache))
+    file = model / "tokenizer_config.json"
+    told = json.loads(file.read_text()) | {"chat_template": BOS}
+    file.write_text(json.dumps(told))
+    first = ready(config, load_tokenizer(model)).train.groups
+    shutil.copytree(model, tmp_path / "copy")
+    again = ready(config, load_tokenizer(tmp_path / "copy"))
+    assert len([p for p in cache.iterdir() if p.is_dir()]) == 1
+    file.write_text(json.dumps(told | change))
+    tokenizer = load_tokenizer(model)
+    changed = ready(config, tokenizer).train.groups
+    assert len([p for p in cache.iterdir() if p.is_dir()]) == 2
+    if "bos_token" in change:
+        assert [e.prompt[0] for e in (first[0][0], changed[0][0])] == [1, 2]
+    assert plain(again.train) == [[(e.prompt, e.response, e.mask) for e in group] for group in first]
+
+
 def test_the_sets_that_were_used_last_stay(rows, tokenizer, tmp_path):
     cache = tmp_path / "cache"
     config = made(rows, cache=str(cache), cache_gb=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from train_kit import merge, rows, weights
 
 from steersman.config.load import load_recipe
 from steersman.distill import run as verb
-from steersman.distill.feedback import FeedbackPrompts
+from steersman.distill.feedback import FeedbackPrompts, _without_thoughts
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import REPROMPT, DistillLoss, DistillRecipe
 from steersman.distill.rows import load, reader
@@ -90,6 +91,12 @@ def test_its_own_success_is_shown_where_that_is_asked_for_and_thoughts_are_left_
     answers = [answer(0, "<think>hm\nhm</think> yes"), answer(0, "no")]
     found, _ = shown(settings, tmp_path, answers, [1.0, 0.0], own=True, thinking=False)
     assert found == ["the cat so yes go"] * 2
+
+
+def test_thoughts_that_never_end_take_time_that_grows_with_their_number():
+    start = time.process_time()
+    assert _without_thoughts("a<think>b</think>c<think>d" + "<think>" * 20_000) == "ac<think>d" + "<think>" * 20_000
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize("limit", ["max_tokens", "context"])

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from letter_models import save_mini
+from letter_models import LETTERS, letters, save_mini
 from train_kit import merge
 
 from steersman.distill import run as verb
@@ -49,16 +49,18 @@ def vllm(model, body: dict) -> dict:
 
 
 @contextmanager
-def serving(answer):
-    """`answer(body)` is what a request gets."""
+def serving(answer, tokenize=None):
+    """`answer(body)` is what a request gets, and `tokenize(body)` one to /tokenize; without it there is no such
+    route."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             seen.append((self.path, body))
-            raw = json.dumps(answer(body)).encode()
-            self.send_response(200)
+            told = tokenize if self.path == "/tokenize" else answer
+            raw = b"" if told is None else json.dumps(told(body)).encode()
+            self.send_response(404 if told is None else 200)
             self.send_header("content-length", str(len(raw)))
             self.end_headers()
             self.wfile.write(raw)
@@ -180,3 +182,66 @@ def test_the_whole_vocabulary_is_as_much_as_can_be_listed(policy):
         asked.prepare(ANSWERS)
         told = asked.read(ANSWERS, logp=False, temperature=1.0)
     assert float(told.teacher.rest.max()) < 1e-5
+
+
+def tokenized(tokenizer, **more):
+    """What vLLM's /tokenize tells with this tokenizer."""
+
+    def told(body):
+        ids = tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
+        return {"tokens": ids, "token_strs": tokenizer.convert_ids_to_tokens(ids), "count": len(ids), **more}
+
+    return told
+
+
+def test_a_teacher_of_another_tokenizer_is_refused_before_there_is_a_run(settings, policy, tmp_path):
+    """It has as many ids as the student, so that none lies outside; some are other letters."""
+    other = letters(vocabulary=[*LETTERS[:3], *LETTERS[:2:-1]])
+    with serving(lambda body: vllm(policy.model, body), tokenized(other)) as (url, seen):
+        said = rf"teacher {url}/completions: it has another tokenizer: id \d+ is .* in the model that is trained"
+        with pytest.raises(SteersmanError, match=said):
+            verb.run(served_by(settings, url))
+    assert [path for path, _ in seen] == ["/tokenize"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("has_route", [True, False])
+def test_a_teacher_s_tokenizer_is_compared_where_it_can_be(settings, policy, tmp_path, capsys, has_route):
+    route = tokenized(policy.tokenizer, max_model_len=64) if has_route else None
+    with serving(lambda body: vllm(policy.model, body), route) as (url, seen):
+        verb.run(served_by(settings, url, **{"train.max_steps": 1}))
+    assert ("it has no /tokenize, so its tokenizer could not be compared" in capsys.readouterr().err) != has_route
+    assert [path for path, _ in seen][:2] == ["/tokenize", "/v1/completions"]
+    assert seen[0][1]["model"] == "m"
+
+
+@pytest.mark.parametrize(
+    ("answer", "window", "said"),
+    [
+        (
+            lambda model, body: vllm(model, body),
+            12,
+            r"its window \(--max-model-len\) is 12 tokens, .* may have \d\d,",
+        ),
+        (
+            lambda model, body: vllm(model, {**body, "prompt_logprobs": 2}),
+            64,
+            "lists [23] tokens and teacher.endpoint",
+        ),
+        (lambda model, body: {"choices": []}, 64, "no completion with the log-probabilities"),
+    ],
+)
+def test_what_a_teacher_can_not_do_is_told_before_there_is_a_run(settings, policy, tmp_path, answer, window, said):
+    route = tokenized(policy.tokenizer, max_model_len=window)
+    with (
+        serving(lambda body: answer(policy.model, body), route) as (url, _),
+        pytest.raises(SteersmanError, match=said),
+    ):
+        verb.run(served_by(settings, url))
+    assert not (tmp_path / "run").exists()
+
+
+def served_by(settings, url, **more):
+    values = merge(settings, more)
+    values["teacher"] = {"endpoint": {"url": url, "model": "m", "top_k": 8, "retries": 0}}
+    return DistillRecipe.model_validate(values)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from steersman.cli import VERBS, main
+from steersman.cli import main
+from steersman.verb_table import VERBS
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "how-to").glob("*.md"))]

@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 import steersman
-from steersman.cli import VERBS
 from steersman.config.sections import Section, section_of, walk_keys
+from steersman.verb_table import VERBS
 
 ROOT = Path(__file__).parents[2]
 

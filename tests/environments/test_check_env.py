@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from imitations import R1, save_chat
 from letter_models import write_jsonl
 
 from steersman.cli import main
@@ -123,3 +126,54 @@ def test_the_name_of_an_environment_is_shown_as_it_is(tmp_path, capsys):
     (tmp_path / "money.py").write_text(FAULTY.replace("Mute", "bank"))
     _, said = checked(capsys, f"{tmp_path / 'money.py'}:bank")
     assert "money.py:bank: tools tell" in said.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    "sampled",
+    [
+        ("--rollout.top_k", 4), ("--rollout.top_p", 0.8), ("--rollout.min_p", 0.1),
+        ("--rollout.min_new_tokens", 4), ("--rollout.temperature", 0.3, "--rollout.top_k", 6),
+        ("--model.dtype", "bfloat16"), ("--model.dtype", "bfloat16", "--rollout.top_p", 0.9),
+    ],
+)  # fmt: skip
+def test_log_probabilities_are_compared_over_what_could_be_sampled(worlds, mini, tmp_path, capsys, sampled):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": w} for w in ("we", "no", "up")])
+    code, said = checked(
+        capsys, f"{worlds}:Echo", "--model.path", mini, "--data.path", rows, "--episodes", 4,
+        "--environment.max_turns", 3, "--rollout.max_new_tokens", 6, *sampled,
+    )  # fmt: skip
+    assert code == 0, said
+
+
+def test_episodes_that_the_template_shows_anew_are_read_as_they_were_said(worlds, tmp_path, capsys):
+    model = save_chat(tmp_path / "model", R1)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": w} for w in ("we", "no")])
+    code, said = checked(
+        capsys, f"{worlds}:Echo", "--model.path", model, "--data.path", rows, "--data.wrap_in_chat", "true",
+        "--episodes", 2, "--environment.history", "segments", "--environment.max_turns", 3,
+        "--rollout.max_new_tokens", 6,
+    )  # fmt: skip
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_log_probabilities_of_another_distribution_are_to_be_mended(
+    worlds, mini, tmp_path, capsys, monkeypatch, dtype
+):
+    """As a server tells them that forgets the temperature."""
+    from steersman.rollout import Engine
+
+    real = Engine.generate
+
+    def untempered(self, prompts, sampling, **how):
+        return real(self, prompts, replace(sampling, temperature=4.0 * sampling.temperature), **how)
+
+    monkeypatch.setattr(Engine, "generate", untempered)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "we"}])
+    code, said = checked(
+        capsys, f"{worlds}:Echo", "--model.path", mini, "--data.path", rows, "--episodes", 4, "--model.dtype", dtype,
+        "--rollout.max_new_tokens", 8, "--rollout.temperature", 0.2,
+    )  # fmt: skip
+    assert code == 2
+    assert "log-probabilities while sampling and in training differ by up to" in said
+    assert f"rounding in {dtype} explains" in said

@@ -12,7 +12,7 @@ from steersman.advantage.gae import gae
 from steersman.algorithms import ALGORITHMS
 from steersman.data import Layout
 from steersman.tabular.two_turns import TwoTurns
-from steersman.train.experience import tokens_of, trajectory
+from steersman.train.experience import EpisodeRules, tokens_of, trajectory
 from steersman.train.on_policy import OnPolicy
 from steersman.train.policy_update import Learner
 from steersman.train.roles import build_roles
@@ -88,7 +88,8 @@ def test_an_exact_critic_is_worth_the_turns_that_did_not_come(name, cut, missing
         samples.append(Sample(first, course[:1], [0.0], finish, mask=[True], turns=turns, onward=onward))
     algorithm, tokens = ALGORITHMS[name](gamma=GAMMA), tokens_of(samples)
     paid = game.reward[:, :2].sum(1)
-    traj = trajectory(samples, tokens, paid, algorithm, 0.0, per_token=paid[:, None], cut=cut, discount_per="turn")
+    rules = EpisodeRules(cut, discount_per="turn")
+    traj = trajectory(samples, tokens, paid, algorithm, per_token=paid[:, None], rules=rules)
     learner = Learner(algorithm, None, None, critic=Table(game, logits))
     if cut == "bootstrap":  # else the method reads values and learns in one pass, which a table can not
         traj.value, _ = SegmentRows(samples).values(learner, tokens, traj)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from dataclasses import replace
 
@@ -49,6 +50,13 @@ def test_a_program_runs_and_is_told_how_it_ended(jail):
         "import os\nopen(f'/proc/{PID}/environ').read()",
         "import os\nos.setuid(0); os.chroot('/proc/1/root'); open('/etc/passwd').read()",
         "import ctypes\nassert ctypes.CDLL(None).mount(b'none', b'/tmp', b'tmpfs', 0, b'') == 0",
+        "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0",
+        "import ctypes, os\nassert ctypes.CDLL(None).syscall(CLONE, 0x10000000 | 17, 0, 0, 0, 0) >= 0",
+        "import ctypes, struct\narguments = struct.pack('=11Q', 0x10000000, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0)\n"
+        "assert ctypes.CDLL(None).syscall(435, arguments, 88) >= 0",
+        "import ctypes, os\nctypes.CDLL(None).setns(os.open('/proc/self/ns/user', 0), 0) == 0 or 1 / 0",
+        "import os\nos.memfd_create('more')",
+        "import ctypes\nassert ctypes.CDLL(None).shmget(0, 2 ** 20, 0o1600) >= 0",
         "import os\nos.mknod('/tmp/disk', 0o60600, os.makedev(8, 0)); open('/tmp/disk')",
         "x = bytearray(2 ** 31)",
         "open('/tmp/big', 'wb').write(bytes(2 ** 25))",
@@ -59,12 +67,42 @@ def test_a_program_runs_and_is_told_how_it_ended(jail):
 def test_an_escape_fails(attempt, jail):
     import socket
 
-    attempt = attempt.replace("FILE", repr(__file__))
+    clone = {"x86_64": 56, "aarch64": 220}[platform.machine()]
+    attempt = attempt.replace("FILE", repr(__file__)).replace("CLONE", str(clone))
     with socket.create_server(("127.0.0.1", 0)) as server:
         found = run_python(attempt.replace("PORT", str(server.getsockname()[1])).replace("PID", str(os.getpid())))
     assert found.code != 0
     assert not found.late or "fork" in attempt
     assert "root:" not in found.output
+
+
+@needs
+def test_a_program_has_threads_and_starts_others(jail):
+    """The filter of system calls leaves them."""
+    program = (
+        "import subprocess, threading\nt = threading.Thread(target=print, args=('a',))\nt.start()\nt.join()\n"
+        "print(subprocess.run(['/bin/sh', '-c', 'exit 3']).returncode)"
+    )
+    assert run_python(program).output == "a\n3\n"
+
+
+@needs
+@pytest.mark.parametrize("quiet", ["", "os.close(1)\nos.close(2)\n"])
+def test_the_limit_on_memory_is_one_of_all_processes_together(jail, quiet):
+    """Each holds less than may be mapped by one; what several share counts once."""
+    apart = "import os, time\n" + quiet + "[os.fork() for _ in range(2)]\nheld = b'a' * (90 << 20)\ntime.sleep(20)"
+    found = run_python(apart, Limits(seconds=20, memory=256))
+    assert found.too_large
+    assert not found.late
+    assert not found.good
+    shared = "import os, time\nheld = b'a' * (90 << 20)\n" + quiet + "[os.fork() for _ in range(2)]\ntime.sleep(0.2)"
+    assert run_python(shared, Limits(seconds=20, memory=256)).good
+
+
+@needs
+def test_a_tool_says_that_its_program_held_too_much(jail):
+    forks = "import os, time\nfor _ in range(8):\n    os.fork() or (b'a' * (300 << 20), time.sleep(9))\ntime.sleep(9)"
+    assert run_code(forks).endswith("(stopped: it holds too much memory)")
 
 
 @needs
@@ -163,6 +201,10 @@ def test_a_machine_that_can_do_neither_refuses(monkeypatch):
     ):
         monkeypatch.setattr(sandbox, "JAILS", [replace(jail, **broken) for jail in JAILS])
         with pytest.raises(SteersmanError, match=r"(?s)bubblewrap .*; namespaces .* not run without one"):
+            run_python("print(1)")
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "machine", lambda: "s390x")
+        with pytest.raises(SteersmanError, match="no filter of system calls is known for s390x"):
             run_python("print(1)")
     monkeypatch.setattr(sandbox.sys, "platform", "darwin")
     with pytest.raises(SteersmanError, match="darwin"):

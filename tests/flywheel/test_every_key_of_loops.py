@@ -10,7 +10,8 @@ from letter_models import WORDS, save_chat_mini, save_mini, write_jsonl
 from test_every_key_is_read import SOMETIMES, read_by
 from wheel_kit import loop_settings
 
-from steersman.cli import VERBS, main
+from steersman.cli import main
+from steersman.verb_table import VERBS
 
 HANDED_ON = {
     "best-of-n": ("model.", "run."),

@@ -172,8 +172,8 @@ ROWS = [{"messages": chat} for chat in CHATS]
 
 def reads(_: int, text: str) -> str:
     """A reader over HTTP; it also writes what a user should have got."""
-    turn = text.rsplit("<newest turn>", 1)[-1].split("</newest turn>")[0].strip()
-    if "<newest turn>" not in text:
+    turn = text.rsplit("<newest turn ", 1)[-1].partition(">")[2].split("</newest turn ")[0].strip()
+    if "<newest turn " not in text:
         return "A dog ran, and that is what you asked."
     if "not what I asked" in turn:
         return "KIND: correction\nSPAN: not what I asked"

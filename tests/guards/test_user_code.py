@@ -1,6 +1,7 @@
 """What code of the user's does to the process: exits, hangs, closed streams."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -109,6 +110,29 @@ def test_a_hang_ends_at_the_limit(hang):
         hang()
     assert time.perf_counter() - start < 1.0
     assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_a_search_that_never_ends_is_ended_though_it_keeps_pythons_lock():
+    """No other thread of the process runs meanwhile. The alarm is for a limit that does not hold."""
+    told = pytest.raises(SteersmanError, match=r"the thing: it took longer than its limit of 0\.2 seconds")
+    signal.alarm(30)
+    try:
+        with told, user_code("the thing", 0.2):
+            re.search(r"(\d+\s?)+x", "1" * 60)
+    finally:
+        signal.alarm(0)
+
+
+def test_the_blocks_own_alarm_is_left_to_it():
+    rung = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    try:
+        with user_code("the thing", 30.0):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            time.sleep(0.5)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert rung == [1]
 
 
 def test_what_is_done_in_time_and_other_errors_pass():

@@ -93,9 +93,14 @@ def between(text: str, start: str, end: str) -> str:
     return text.split(start, 1)[1].split(end, 1)[0].strip()
 
 
+def block(text: str, name: str) -> str:
+    """What stands in a part of a question."""
+    return between(text.split(f"<{name} ", 1)[1], ">", f"</{name} ")
+
+
 def longer_wins(_: int, text: str) -> str:
     """A fair judge: the longer answer, whatever the order."""
-    a, b = between(text, "<answer A>", "</answer A>"), between(text, "<answer B>", "</answer B>")
+    a, b = block(text, "answer A"), block(text, "answer B")
     return f"I looked at both. [[{'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'C'}]]"
 
 

@@ -166,15 +166,11 @@ def test_a_key_that_is_echoed_is_neither_told_nor_kept(tmp_path, monkeypatch, st
     assert SECRET not in (tmp_path / "judge.jsonl").read_text()
 
 
-def test_a_key_that_can_not_be_sent_and_a_password_in_the_address_are_not_told(tmp_path, monkeypatch):
+def test_a_key_that_can_not_be_sent_is_not_told(tmp_path, monkeypatch):
     monkeypatch.setenv("A_KEY", "sk-12345\n67890")
     with pytest.raises(SteersmanError, match="environment variable A_KEY holds characters") as told:
         judge_at("http://127.0.0.1:9/v1", tmp_path).compare(ITEM)
     assert "12345" not in str(told.value)
-    monkeypatch.delenv("A_KEY")
-    with pytest.raises(SteersmanError, match=r"judge http://127\.0\.0\.1:9/v1") as told:
-        judge_at("http://me:hunter22@127.0.0.1:9/v1", tmp_path).compare(ITEM)
-    assert "hunter22" not in str(told.value)
 
 
 @pytest.mark.parametrize("wait", ["nan", "-1", "inf", "Wed, 21 Oct 99999999999 07:28:00 GMT", "soon"])

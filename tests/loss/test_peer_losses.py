@@ -106,10 +106,8 @@ def our_pair(trainer, batch) -> preference.PairLogp:
     with torch.no_grad():
         ref_chosen, ref_rejected = token_logp(trainer.ref_model, tokens).chunk(2)
     (chosen, rejected), (mask_w, mask_l) = token_logp(trainer.model, tokens).chunk(2), tokens.mask.chunk(2)
-    pair = preference.pair_logp(
-        chosen, mask_w, rejected, mask_l, ref_chosen=ref_chosen, ref_rejected=ref_rejected, tails=True
-    )
-    return with_batch(pair)
+    w = preference.AnswerLogp(chosen, mask_w, ref_chosen)
+    return with_batch(preference.pair_logp(w, preference.AnswerLogp(rejected, mask_l, ref_rejected), tails=True))
 
 
 def with_batch(pair: preference.PairLogp) -> preference.PairLogp:
@@ -182,7 +180,7 @@ def test_triple_preference_optimisation(kind, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     tokens = our_tokens(batch["input_ids"], batch["completion_mask"])
     (w, l, g), masks = token_logp(trainer.model, tokens).chunk(3), tokens.mask.chunk(3)  # noqa: E741
-    pair = preference.pair_logp(w, masks[0], l, masks[1])
+    pair = preference.pair_logp(preference.AnswerLogp(w, masks[0]), preference.AnswerLogp(l, masks[1]))
     compared = {
         "sigmoid": lambda: preference.cpo(pair, beta=BETA, nll_weight=0.0),
         "hinge": lambda: preference.hinge(pair, beta=BETA),

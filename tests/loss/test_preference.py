@@ -15,6 +15,7 @@ from torch import Tensor
 
 from steersman.loss import feedback, preference
 from steersman.loss.offline import LOSSES
+from steersman.loss.preference import AnswerLogp
 
 B, T, S = 5, 6, 4
 
@@ -225,11 +226,14 @@ def batch(seed: int = 0):
 
 
 def pair_of(named, chosen_mask, rejected_mask, *, tails=False):
-    rest = {k: v for k, v in named.items() if k not in ("chosen", "rejected")}
-    own = {f"{side}_log_weight": named[side] + named[f"{side}_kl"] for side in ("chosen", "rejected")}
-    pair = preference.pair_logp(
-        named["chosen"], chosen_mask, named["rejected"], rejected_mask, **rest, **own, tails=tails
-    )
+    chosen, rejected = (
+        AnswerLogp(
+            named[side], mask, named[f"ref_{side}"], named[f"{side}_kl"],
+            log_weight=named[side] + named[f"{side}_kl"],
+        )
+        for side, mask in (("chosen", chosen_mask), ("rejected", rejected_mask))
+    )  # fmt: skip
+    pair = preference.pair_logp(chosen, rejected, tails=tails)
     return pair._replace(batch=preference.as_batch(pair, torch.ones_like(pair.chosen_length)))
 
 
@@ -373,7 +377,7 @@ def test_relations_between_the_losses():
     torch.testing.assert_close(whole, -(named["chosen"] * cm).sum(-1))
     per_token = run(preference.cpo, length_normalised_nll=True) - run(preference.cpo, nll_weight=0.0)
     torch.testing.assert_close(per_token, -(named["chosen"] * cm).sum(-1) / cm.sum(-1))
-    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm)
+    pair = preference.pair_logp(AnswerLogp(named["chosen"], cm), AnswerLogp(named["rejected"], rm))
     torch.testing.assert_close(preference.chosen_nll(pair), per_token)
 
 
@@ -416,8 +420,9 @@ def paper_odpo(y, z, yr, zr, beta, delta):  # 2402.10571
 def test_offsets_ask_for_a_lead():
     named, cm, rm = batch()
     delta = torch.tensor([0.0, 0.3, 1.2, 2.0, 0.7], dtype=torch.float64)
-    rest = {k: v for k, v in named.items() if "kl" not in k and "ref" in k}
-    pair = preference.pair_logp(named["chosen"], cm, named["rejected"], rm, **rest)._replace(offset=delta)
+    chosen = AnswerLogp(named["chosen"], cm, named["ref_chosen"])
+    rejected = AnswerLogp(named["rejected"], rm, named["ref_rejected"])
+    pair = preference.pair_logp(chosen, rejected)._replace(offset=delta)
     own = [[named[k][b][m[b]] for k, m in zip(list(named)[:4], [cm, rm] * 2, strict=True)] for b in range(B)]
     expected = torch.stack([paper_odpo(*x, 0.3, d) for x, d in zip(own, delta, strict=True)])
     torch.testing.assert_close(preference.dpo(pair, beta=0.3)[0], expected)

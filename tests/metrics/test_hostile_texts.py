@@ -11,10 +11,10 @@ from hostile_texts import hostile_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steersman.metrics import METRICS, Scorer, metric
+from steersman.guards.asked_process import AskedProcess
+from steersman.metrics import METRICS, Scorer, math_process, metric
 from steersman.metrics.answers import math_equal
 from steersman.metrics.ifeval import CHECKS, _bullets, _placeholders, _titles
-from steersman.metrics.math_process import MathProcess
 from steersman.reward.rules import BUILTINS
 from steersman.types import SteersmanError
 
@@ -116,16 +116,16 @@ def test_a_number_of_any_size_is_judged_soon(completion, answer, right):
 
 
 def test_an_answer_that_takes_for_ever_ends_and_the_next_is_judged():
-    process = MathProcess(limit=1.0)
+    process = AskedProcess(math_process.__file__, 1.0)
     try:
-        assert process.ask("$1/2$", "0.5") is not None
+        assert process.ask({"given": "$1/2$", "wanted": "0.5"}) is not None
         start = time.perf_counter()
-        assert process.ask("$9^{9^{9^9}}$", "3") is None
+        assert process.ask({"given": "$9^{9^{9^9}}$", "wanted": "3"}) is None
         assert time.perf_counter() - start < SOON
         process.limit = 20.0
-        verdict = process.ask(r"so it is \boxed{\frac{1}{2}}", "0.5")
+        verdict = process.ask({"given": r"so it is \boxed{\frac{1}{2}}", "wanted": "0.5"})
         assert verdict is not None
-        assert (verdict.has_answer, verdict.equal) == (True, True)
+        assert (verdict["has_answer"], verdict["equal"]) == (True, True)
     finally:
         process.close()
 

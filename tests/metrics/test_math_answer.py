@@ -8,16 +8,21 @@ from fractions import Fraction
 
 import pytest
 
+from steersman.guards import asked_process
+from steersman.guards.asked_process import AskedProcess
 from steersman.metrics import math_process
 from steersman.metrics.answers import math_equal
-from steersman.metrics.math_process import MathProcess, Verdict
 
-RIGHT, WRONG = Verdict(True, True), Verdict(True, False)
+
+def judged(process, given, wanted):
+    told = process.ask({"given": given, "wanted": wanted})
+    assert told["has_answer"]
+    return told["equal"]
 
 
 @pytest.fixture
 def process():
-    made = MathProcess(limit=20.0)
+    made = AskedProcess(math_process.__file__, 20.0)
     yield made
     made.close()
 
@@ -25,45 +30,44 @@ def process():
 @pytest.mark.parametrize("begun", [True, False])
 def test_an_interrupted_question_leaves_no_reply_to_the_next(process, monkeypatch, begun):
     if begun:
-        assert process.ask(r"\boxed{1}", "1") == RIGHT
+        assert judged(process, r"\boxed{1}", "1")
 
     def interrupted(asked, until):
         assert select.select([asked.stdout], [], [], 60)[0]  # what it said is in the pipe
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(math_process, "_line", interrupted)
+        patch.setattr(asked_process, "_line", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            process.ask(r"\boxed{9}", "1")
-    assert process.ask(r"\boxed{1}", "1") == RIGHT
-    assert process.ask(r"\boxed{9}", "1") == WRONG
+            judged(process, r"\boxed{9}", "1")
+    assert judged(process, r"\boxed{1}", "1")
+    assert not judged(process, r"\boxed{9}", "1")
 
 
 def test_a_reply_to_another_question_is_passed_over(process):
-    assert process.ask(r"\boxed{1}", "1") == RIGHT
+    assert judged(process, r"\boxed{1}", "1")
     other = {"number": 0, "given": r"\boxed{9}", "wanted": "1"}
     process._process.stdin.write(json.dumps(other).encode() + b"\n")
-    assert process.ask(r"\boxed{1}", "1") == RIGHT
-    assert process.ask(r"\boxed{9}", "1") == WRONG
+    assert judged(process, r"\boxed{1}", "1")
+    assert not judged(process, r"\boxed{9}", "1")
 
 
 FORKED = r"""
 import os, sys
-sys.path.insert(0, sys.argv[1])
-from math_process import MathProcess
-process = MathProcess(limit=20.0)
-assert process.ask(r"\boxed{1}", "1").equal
+from steersman.guards.asked_process import AskedProcess
+process = AskedProcess(sys.argv[1], 20.0)
+one, two = {"given": r"\boxed{1}", "wanted": "1"}, {"given": r"\boxed{2}", "wanted": "2"}
+assert process.ask(one)["equal"]
 child = os.fork()
 if child == 0:
-    sys.exit(0 if process.ask(r"\boxed{2}", "2").equal else 3)
+    sys.exit(0 if process.ask(two)["equal"] else 3)
 assert os.waitpid(child, 0)[1] == 0
-assert process.ask(r"\boxed{1}", "1").equal
+assert process.ask(one)["equal"]
 """
 
 
 def test_a_fork_asks_a_process_of_its_own():
-    folder = math_process.__file__.rpartition("/")[0]
-    subprocess.run([sys.executable, "-c", FORKED, folder], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", FORKED, math_process.__file__], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +123,8 @@ def test_what_stands_before_a_number_is_its_sign_only_if_it_is_one(completion, a
 
 def test_the_last_number_counts_where_there_is_no_answer(monkeypatch):
     class Silent:
-        def ask(self, given, wanted):
-            return Verdict(False, False)
+        def ask(self, question):
+            return {"has_answer": False, "equal": False}
 
     monkeypatch.setattr("steersman.metrics.answers._math_process", Silent)
     assert math_equal("first 7, then 1,200, as I said", "1200")

@@ -46,8 +46,8 @@ def test_same_states_and_gradients(family, extra, shared, together, checkpointed
     double = deepcopy(trunk).double()
     if checkpointed:
         checkpoint_activations(trunk)
-    monkeypatch.setattr(apart, "TOGETHER", together)
-    monkeypatch.setattr(shared_apart, "PROMPTS", 0)
+    monkeypatch.setattr(apart, "TOKENS_PER_READ", together)
+    monkeypatch.setattr(shared_apart, "PROMPTS_PER_LINE", 0)
     reader, tokens = CausalReader(trunk, shares={} if shared else {(checkpointed, True): False}), batch()
     found, expected = reader.hidden(tokens, extra), plainly(double, tokens, extra)
     assert reader.keeps_apart
@@ -92,7 +92,7 @@ def test_a_weight_has_one_gradient_of_prompts_and_responses():
 
 
 def test_prompts_are_read_again_where_their_responses_need_several_lines(monkeypatch):
-    monkeypatch.setattr(apart, "TOGETHER", 1)
+    monkeypatch.setattr(apart, "TOKENS_PER_READ", 1)
     trunk, tokens = trunk_of("llama"), Tokens.from_ids([[1, 2]] * 7 + [[3]], [[4, 5, 6]] * 7 + [[7]])
     reader = CausalReader(trunk, keeps_apart=True, shares={(False, True): True}, feed_forward=False)
     read = watch(trunk)
@@ -107,7 +107,7 @@ def test_no_response_has_a_token():
 
 
 def test_lines_keep_the_order_and_have_so_many_tokens(monkeypatch):
-    monkeypatch.setattr(apart, "TOGETHER", 10)
+    monkeypatch.setattr(apart, "TOKENS_PER_READ", 10)
     groups = apart.lines(torch.tensor([4, 6, 1, 30, 2, 0, 8]))
     assert [group.tolist() for group in groups] == [[0, 1], [2], [3], [4, 5, 6]]
 

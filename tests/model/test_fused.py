@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -75,6 +77,28 @@ def test_a_module_with_a_forward_of_its_own_keeps_it():
     assert model.model.norm.forward is mine
     with quick(model):
         assert model.model.norm.forward is mine
+
+
+def test_a_quickened_model_goes_with_its_last_name_and_a_copy_has_forwards_of_its_own():
+    """Without Python's collector, which nothing on an accelerator calls for."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = tiny_model("llama")
+        quicken(model)
+        ids = torch.tensor([[1, 2, 3]])
+        wanted = model(ids).logits.detach()
+        copied, read = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        weights = [weakref.ref(p) for p in model.parameters()]
+        del model
+        assert not any(weight() is not None for weight in weights)
+        for other in (copied, read):
+            assert set(replaced(other)) == {"LlamaRMSNorm", "LlamaMLP", "LlamaAttention"}
+            assert torch.equal(other(ids).logits, wanted)
+            other.model.norm.weight.data.zero_()
+            assert not other(ids).logits.any()
+    finally:
+        gc.enable()
 
 
 def test_quick_for_a_while_leaves_nothing_even_after_an_error():

@@ -67,8 +67,8 @@ def test_second_derivatives_too():
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-def test_adapters_off_merged_and_in_another_precision_are_pefts():
-    ours, theirs = pair(dtype=torch.float32)
+def test_adapters_off_and_merged_are_pefts():
+    ours, _ = pair(dtype=torch.float32)
     layer = ours.model.layers[0].self_attn.q_proj
     x = torch.randn(2, 4, layer.in_features)
     layer.enable_adapters(False)
@@ -77,11 +77,40 @@ def test_adapters_off_merged_and_in_another_precision_are_pefts():
     expected = layer(x)
     layer.merge()
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
-    layer.unmerge()
-    half, other = (m.model.layers[1].self_attn.q_proj for m in (ours, theirs))
-    for module in (half, other):
-        module.base_layer.to(torch.bfloat16)
-    assert torch.equal(half(x.bfloat16()), other(x.bfloat16()))
+
+
+def test_float32_adapters_of_a_half_precision_base_compute_as_it_does_and_learn_in_float32():
+    """They share their input with it: a float32 copy of it, as peft makes, would be kept for each layer."""
+    exact, _ = pair()
+    ours, theirs = pair(dtype=torch.float32)
+    made = []
+    for model in (ours, theirs):
+        for module in model.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                module.base_layer.to(torch.bfloat16)
+    x, layers = torch.randn(2, 40, 32), [m.model.layers[1].mlp.gate_proj for m in (ours, theirs)]
+    assert layers[0].lora_A["default"].weight.dtype == torch.float32
+    outs = []
+    for layer in layers:
+        kept: dict[int, int] = {}
+
+        def pack(t, kept=kept):
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            outs.append(layer(x.bfloat16()))
+        made.append(sum(kept.values()))
+        outs[-1].float().pow(2).mean().backward()
+    assert outs[0].dtype == torch.bfloat16
+    assert made[0] <= 0.6 * made[1]
+    right = exact.model.layers[1].mlp.gate_proj
+    torch.testing.assert_close(outs[0].double(), right(x.double()), rtol=0.02, atol=0.02)
+    right(x.double()).pow(2).mean().backward()
+    for part in ("lora_A", "lora_B"):
+        own, expected = (getattr(layer, part)["default"].weight.grad for layer in (layers[0], right))
+        assert own.dtype == torch.float32
+        assert (own.double() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_no_tensor_of_the_layers_width_is_thrown_away():
@@ -141,7 +170,7 @@ def test_without_adapters_nothing_happens():
 @pytest.mark.skipif(native.library() is None, reason=f"no compiled loops: {native.why_not()}")
 def test_adapters_do_not_keep_what_a_norm_or_a_gate_gave(monkeypatch):
     """They have it computed again, as whole layers do: `ops.recompute`."""
-    monkeypatch.setattr(products, "WORTH", 1)
+    monkeypatch.setattr(products, "MIN_RECOMPUTED", 1)
     model = small("llama")
     add_lora(model, LoraConfig(r=3))
     policy = Policy(model, None)

@@ -9,8 +9,10 @@ import torch
 from model_inputs import word_tokenizer
 from tiny_models import tiny_config, tiny_model
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -66,6 +68,21 @@ def test_a_local_path_never_asks_a_hub(model_folder, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", no_network)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     load_policy(model_folder())
+
+
+def test_every_part_of_a_hub_model_is_asked_of_the_hub(model_folder, monkeypatch):
+    folder, asked = str(model_folder()), []
+    for auto in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+
+        def fetch(name, *more, load=auto.from_pretrained, **how):
+            if name != "someone/model":
+                return load(name, *more, **how)
+            asked.append(how["local_files_only"])
+            return load(folder, *more, **how)
+
+        monkeypatch.setattr(auto, "from_pretrained", fetch)
+    load_policy("someone/model", device="cpu")
+    assert asked == [False, False, False]
 
 
 def test_dropout_is_off_and_it_says_so(tmp_path, tokenizer, tokens):

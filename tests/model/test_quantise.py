@@ -230,7 +230,7 @@ def test_while_it_samples_a_4_bit_model_is_a_plain_one(lora, folder, monkeypatch
             assert any(not torch.equal(x, plain[name]) for name, x in bare.items())
     narrow = [m for m in policy.model.modules() if is_narrow(m)]
     assert folded_bytes(policy.model) == sum(4 * m.in_features * m.out_features for m in narrow) > 0
-    monkeypatch.setattr(folded_room, "ROOM", folded_bytes(policy.model) - 1)
+    monkeypatch.setattr(folded_room, "MAX_WIDENED_BYTES", folded_bytes(policy.model) - 1)
     assert folded_bytes(policy.model) == 0
     with folded(policy.model):
         assert dict(policy.model.named_modules()) == layers

@@ -277,9 +277,8 @@ def test_a_cache_of_another_shape_than_the_weights_say_is_left_to_the_modules(mo
     assert found[0].ids == expected[0].ids
 
 
-def test_buffers_are_not_given_back_while_they_are_written():
-    engine = Engine(tiny_model("llama"), eos_token_id=[2])
+def test_a_call_within_a_call_is_refused():
+    engine, prompt = Engine(tiny_model("llama"), eos_token_id=[2]), Prompt([3, 4], "")
     with pytest.raises(SteersmanError, match="its own `progress` calls it"):
-        engine.generate([Prompt([3, 4], "")], Sampling(4), progress=lambda *_: engine.release())
-    engine.release()
-    assert len(engine.generate([Prompt([3, 4], "")], Sampling(4))) == 1
+        engine.generate([prompt], Sampling(4), progress=lambda *_: engine.generate([prompt], Sampling(4)))
+    assert len(engine.generate([prompt], Sampling(4))) == 1

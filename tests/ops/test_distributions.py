@@ -62,6 +62,9 @@ def test_top_p_of_a_row_does_not_depend_on_the_batch(monkeypatch):
     assert torch.equal(both[0], top_p_mask(logits[0], 0.95))
     assert torch.equal(both[1], top_p_mask(logits[1], 0.95))
     assert both[0].sum() < 256 < both[1].sum()
+    monkeypatch.setattr(distributions, "SORTED", 6000)  # a row at a time
+    flat = 0.05 * torch.randn(5, 6000)
+    assert torch.equal(top_p_mask(flat, 0.95), torch.stack([top_p_mask(row, 0.95) for row in flat]))
     monkeypatch.setattr(distributions, "SORT_BELOW", 10_000)
     assert torch.equal(both.sum(-1), top_p_mask(logits, 0.95).sum(-1))
 

@@ -28,27 +28,27 @@ def asked(monkeypatch) -> list[int]:
 
 def test_it_is_given_back_once_for_so_many_bytes(asked):
     for _ in range(9):
-        heap.freed(heap.EVERY // 4)
+        heap.freed(heap.RELEASE_BYTES // 4)
     assert len(asked) == 2
 
 
 def test_a_backward_pass_keeps_what_it_freed_while_the_process_holds_no_more_than_it_needed(asked, monkeypatch):
     held = 100
     monkeypatch.setattr(heap, "resident", lambda: held)
-    heap.freed(heap.EVERY, growing=False)
+    heap.freed(heap.RELEASE_BYTES, growing=False)
     assert len(asked) == 1  # nothing is known yet of what it needs
     for _ in range(3):
-        heap.freed(heap.EVERY, growing=False)
+        heap.freed(heap.RELEASE_BYTES, growing=False)
     assert len(asked) == 1
     held = 101
     heap.freed(1, growing=False)
     assert len(asked) == 2
     held = 50
-    heap.freed(heap.EVERY, growing=False)
+    heap.freed(heap.RELEASE_BYTES, growing=False)
     heap.freed(1)  # a forward pass comes, which takes more than it frees
     assert len(asked) == 3
     held = 101
-    heap.freed(heap.EVERY, growing=False)
+    heap.freed(heap.RELEASE_BYTES, growing=False)
     assert len(asked) == 3  # what was needed once may be needed again
 
 

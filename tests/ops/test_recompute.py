@@ -146,8 +146,8 @@ def test_other_views_are_not_the_output():
 def test_a_small_product_of_a_large_input_does_not_keep_it(library):
     """As the first of an adapter's two matrices."""
     x, norm, down = numbers(2, 1024, INPUTS), numbers(INPUTS, seed=1), numbers(2, INPUTS, seed=2)
-    assert x.numel() * len(down) < products.LEAST
-    assert x.numel() >= products.WORTH
+    assert x.numel() * len(down) < products.MIN_ONEDNN_PRODUCT
+    assert x.numel() >= products.MIN_RECOMPUTED
     found, kept = [], []
     for read in (rms_norm, lambda *given: rms_norm(*given).clone()):
         weights = [given.detach().requires_grad_() for given in (norm, down)]

@@ -9,8 +9,9 @@ import pytest
 from sqlalchemy import select
 
 from steersman.people.store import Store
+from steersman.people.store.assignments import next_item, own_assignment, shown_item
 from steersman.people.store.conversations import TurnText
-from steersman.people.store.items import NewItem, add_item, make_queue, next_item, own_assignment, shown_item
+from steersman.people.store.items import NewItem, add_item, make_queue
 from steersman.people.store.judgements import judge_item
 from steersman.people.store.raters import add_person
 from steersman.people.store.schema import Queue

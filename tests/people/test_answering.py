@@ -148,8 +148,9 @@ def test_pages_come_while_many_wait_for_a_model(tmp_path):
             return TurnText("at last", ("slow", "1"))
 
     store = open_store(tmp_path / "feedback.db")
-    app = make_app(Site(store, answerers=[Slow()]))
-    with TestClient(app, "http://127.0.0.1") as client, ThreadPoolExecutor(50) as pool:
+    site = Site(store, answerers=[Slow()])
+    with TestClient(make_app(site), "http://127.0.0.1") as client, ThreadPoolExecutor(50) as pool:
+        client.get(f"/enter/{site.key}")
         page = client.get("/chat")
         csrf = page.text.split('name="csrf" value="')[1].split('"')[0]
         chats = [client.post("/chat", data={"csrf": csrf}).url.path for _ in range(50)]

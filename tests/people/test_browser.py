@@ -57,28 +57,37 @@ def store(tmp_path):
 
 @pytest.fixture
 def address(store, tmp_path):
-    """The pages on a port of their own, with some runs to look at."""
+    """The pages on a port of their own, with some runs to look at, and their key."""
     some_runs(tmp_path / "runs")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    app = make_app(Site(store, answerers=[Echo()], runs=tmp_path / "runs"))
+    site = Site(store, answerers=[Echo()], runs=tmp_path / "runs")
+    app = make_app(site)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}", site.key
     server.should_exit = True
     thread.join()
 
 
 @pytest.fixture
 def page(chromium, address):
-    context = chromium.new_context(base_url=address)
-    context.set_default_timeout(20_000)
-    yield context.new_page()
-    context.close()
+    page = entered(chromium, address)
+    page.set_default_timeout(20_000)
+    yield page
+    page.context.close()
+
+
+def entered(chromium, address, **look):
+    """A page in a browser of its own, in which the printed link was opened."""
+    url, key = address
+    page = chromium.new_context(base_url=url, **look).new_page()
+    page.goto(f"/enter/{key}")
+    return page
 
 
 def settled(page):
@@ -302,21 +311,19 @@ def test_tables_and_long_names_fit_a_phone(chromium, address, store):
     cells = " | ".join(["a rather long cell of a table"] * 8)
     table = f"| {' | '.join('abcdefgh')} |\n|{'---|' * 8}\n| {cells} |\n"
     of = queue(store, "compare", [NewItem("q", [TurnText(table), TurnText("b")])], name="a_name_without_spaces" * 4)
-    context = chromium.new_context(base_url=address, viewport={"width": 375, "height": 740}, is_mobile=True)
-    page = context.new_page()
+    page = entered(chromium, address, viewport={"width": 375, "height": 740}, is_mobile=True)
     for path in ("/", f"/judge/{of}"):
         page.goto(path)
         assert page.evaluate("document.documentElement.scrollWidth") <= 375, path
     width = page.evaluate("document.querySelector('.text td').getBoundingClientRect().width")
     assert width > 60  # words and not letters
     assert not Axe().run(page)["violations"]
-    context.close()
+    page.context.close()
 
 
 def test_two_raters_at_once_share_a_queue(chromium, address, store):
     of = queue(store, "compare", [pair(i) for i in range(6)])
-    contexts = [chromium.new_context(base_url=address) for _ in range(2)]
-    pages = [context.new_page() for context in contexts]
+    pages = [entered(chromium, address) for _ in range(2)]
     for name, page in zip(("Ada", "Bob"), pages, strict=True):
         page.goto("/")
         page.get_by_label("Judging as").fill(name)
@@ -334,8 +341,8 @@ def test_two_raters_at_once_share_a_queue(chromium, address, store):
         rows = session.execute(select(JudgementRow.item_id, JudgementRow.rater_id)).all()
     assert len({item for item, _ in rows}) == 6
     assert len({rater for _, rater in rows}) == 2
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.context.close()
 
 
 def test_from_a_number_to_its_rows_and_side_by_side(page):
@@ -370,10 +377,8 @@ def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, wid
         queue(store, "mark", [NewItem("q", [TurnText("a")])], labels=["error"]),
         queue(store, "review", [NewItem("q", [TurnText("a")])]),
     ]
-    context = chromium.new_context(
-        base_url=address, viewport={"width": width, "height": 740}, color_scheme=scheme, has_touch=width < 500
-    )
-    page = context.new_page()
+    look = {"viewport": {"width": width, "height": 740}, "color_scheme": scheme, "has_touch": width < 500}
+    page = entered(chromium, address, **look)
     seen = ("/look", "/look/conversations", "/look/runs", "/look/run/runs/grpo", "/look/rows/runs/grpo")
     beside = "/look/beside?run=runs/grpo"
     for path in ("/", "/chat", "/admin", *seen, beside, *(f"/judge/{i}" for i in ids)):
@@ -382,4 +387,4 @@ def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, wid
         assert not found, (path, [(v["id"], [n["html"] for n in v["nodes"]]) for v in found])
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.title() == "Judge answers"
-    context.close()
+    page.context.close()

@@ -49,8 +49,12 @@ class Scripted:
 
 
 def browser(store, **more) -> TestClient:
-    host = more.pop("host", "127.0.0.1")
-    return TestClient(make_app(Site(store, **more), host=host), "http://127.0.0.1", follow_redirects=True)
+    """One in which the printed link was opened, where there is one."""
+    host, site = more.pop("host", "127.0.0.1"), Site(store, **more)
+    client = TestClient(make_app(site, host=host), "http://127.0.0.1", follow_redirects=True)
+    if site.local:
+        client.get(f"/enter/{site.key}")
+    return client
 
 
 def send(client: TestClient, page, action: str, **values):
@@ -394,13 +398,14 @@ def test_a_form_from_elsewhere_is_refused(store):
 
 @SQLITE
 def test_headers_allow_no_script_but_ours(store):
-    page = browser(store).get("/")
+    site = Site(store)
+    page = TestClient(make_app(site), "http://127.0.0.1").get(f"/enter/{site.key}")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self'" in policy
     assert "unsafe" not in policy
     assert not re.search(r"<script(?! src=)|\son\w+=|style=", page.text)
-    assert "HttpOnly" in page.headers["set-cookie"]
+    assert "HttpOnly" in page.history[0].headers["set-cookie"]
     assert "SameSite=strict" in page.headers["set-cookie"]
 
 
@@ -515,7 +520,7 @@ def test_chinese_and_a_search_with_filters(store):
 @SQLITE
 def test_accounts_where_others_can_reach_the_pages(store, monkeypatch):
     rater(store, "Ada", password=security.hashed("correct horse battery"), role="rater")
-    client = browser(store, open=False, host="0.0.0.0")
+    client = browser(store, local=False, host="0.0.0.0")
     page = client.get("/")
     assert page.url.path == "/login"
     wrong = send(client, page, "/login", name="Ada", password="wrong")
@@ -598,7 +603,7 @@ def test_a_second_verdict_on_an_item_is_said_to_count_for_nothing(store):
 def test_whoever_has_an_account_can_log_in(store, length):
     password = "x" * length
     rater(store, "ada", password=security.hashed(password))
-    client = browser(store, open=False)
+    client = browser(store, local=False)
     page = client.get("/login")
     assert send(client, page, "/login", name="ada", password=password[:-1]).status_code == 401
     assert send(client, page, "/login", name="ada", password=password).url.path == "/"
@@ -675,7 +680,7 @@ def test_admins_add_reset_and_close_accounts(store):
     rater(store, "ada", role="admin", password=security.hashed("correct horse battery"))
 
     def log_in(name, password):
-        client = browser(store, open=False)
+        client = browser(store, local=False)
         return client, send(client, client.get("/login"), "/login", name=name, password=password)
 
     ada, page = log_in("ada", "correct horse battery")

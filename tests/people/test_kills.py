@@ -13,6 +13,7 @@ import threading
 import time
 import uuid
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from forked import Python, steersman
@@ -30,8 +31,9 @@ import sys, uvicorn
 from steersman.people.collect.app import make_app
 from steersman.people.collect.visit import Site
 from steersman.people.store import open_store
-uvicorn.run(make_app(Site(open_store(sys.argv[1]))), port=int(sys.argv[2]), log_config=None)
+uvicorn.run(make_app(Site(open_store(sys.argv[1]), key=sys.argv[3])), port=int(sys.argv[2]), log_config=None)
 """
+KEY = "a-key"
 
 
 def free_port() -> int:
@@ -45,7 +47,7 @@ def judge_until(stop: threading.Event, base: str, name: str, told: dict[str, int
     while not stop.is_set():
         try:
             with httpx2.Client(base_url=base, follow_redirects=True, timeout=10) as client:
-                page = client.get("/")
+                page = client.get(f"/enter/{KEY}")
                 token = re.findall(r'name="csrf" value="([^"]*)"', page.text)[0]
                 client.post("/name", data={"csrf": token, "name": name})
                 page = client.get("/judge/1")
@@ -61,6 +63,19 @@ def judge_until(stop: threading.Event, base: str, name: str, told: dict[str, int
             time.sleep(0.05)
 
 
+def link_of(server: Python, out: Path, port: int) -> str:
+    """The link that is printed, once the pages are there."""
+    until = time.monotonic() + 180
+    while time.monotonic() < until:
+        try:
+            httpx2.get(f"http://127.0.0.1:{port}/login", timeout=10)
+            break
+        except httpx2.HTTPError:
+            assert server.poll() is None
+            time.sleep(0.1)
+    return re.search(rf"http://127\.0\.0\.1:{port}/enter/\S+", out.read_text())[0]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_whoever_ends_it_finds_the_whole_store_in_one_file(tmp_path, number):
     """Copied alone, as by a backup after the stop."""
@@ -70,15 +85,8 @@ def test_whoever_ends_it_finds_the_whole_store_in_one_file(tmp_path, number):
     place, port = tmp_path / "f.db", free_port()
     recipe = tmp_path / "collect.yaml"
     recipe.write_text(json.dumps({"store": str(place), "port": port, "queues": queues}))
-    server = steersman("collect", str(recipe))
-    until = time.monotonic() + 180
-    while time.monotonic() < until:
-        try:
-            page = httpx2.get(f"http://127.0.0.1:{port}/", timeout=10)
-            break
-        except httpx2.HTTPError:
-            assert server.poll() is None
-            time.sleep(0.1)
+    server = steersman("collect", str(recipe), out=tmp_path / "out.txt")
+    page = httpx2.get(link_of(server, tmp_path / "out.txt", port), timeout=10, follow_redirects=True)
     assert "week" in page.text
     server.send_signal(number)
     assert server.wait(60) == 0
@@ -103,7 +111,7 @@ def test_every_acknowledged_judgement_outlives_a_kill(tmp_path):
         rater.start()
     try:
         for kill in range(3):
-            server = Python("-c", SERVER, place, str(port))
+            server = Python("-c", SERVER, place, str(port), KEY)
             before, until = len(told), time.monotonic() + 180
             while len(told) < before + 20 + 3 * kill and time.monotonic() < until:
                 time.sleep(0.01)

@@ -29,7 +29,13 @@ from steersman.types import SteersmanError
 @pytest.fixture
 def client(store, tmp_path):
     some_runs(tmp_path / "runs")
-    return TestClient(make_app(Site(store, runs=tmp_path / "runs")), "http://127.0.0.1")
+    return entered(Site(store, runs=tmp_path / "runs"))
+
+
+def entered(site: Site) -> TestClient:
+    client = TestClient(make_app(site), "http://127.0.0.1")
+    client.get(f"/enter/{site.key}")
+    return client
 
 
 def links(page) -> list[str]:
@@ -155,7 +161,7 @@ def test_the_list_of_runs_reads_the_end_of_their_numbers_alone(client, tmp_path,
 
 def test_raters_see_none_of_it(store, tmp_path):
     some_runs(tmp_path / "runs")
-    client = TestClient(make_app(Site(store, runs=tmp_path / "runs")), "http://127.0.0.1")
+    client = entered(Site(store, runs=tmp_path / "runs"))
     csrf = re.search(r'name="csrf" value="([^"]*)"', client.get("/").text)[1]
     client.post("/name", data={"csrf": csrf, "name": "bob"})
     for path in ("conversations", "conversation/x", "runs", "run/runs/grpo", "rows/runs/grpo", "beside"):

@@ -335,7 +335,7 @@ def test_users_meet_the_model_that_the_wheel_gives_them(folder, other, tmp_path)
         assert answers("r-1")[0] == "turn-01"
 
 
-def test_models_are_loaded_beside_those_that_answer(folder, other, tmp_path, capsys):
+def test_models_are_loaded_beside_those_that_answer(folder, other, tmp_path, capsys, monkeypatch):
     """And one that can not be loaded is tried once, and told once, until the file changes."""
     file, go_on, tried = tmp_path / "serving.json", threading.Event(), []
     old, new, bad = (ServedModel(*one) for one in (("old", "old"), ("new", str(other)), ("bad", str(tmp_path))))
@@ -370,7 +370,7 @@ def test_models_are_loaded_beside_those_that_answer(folder, other, tmp_path, cap
         assert told.count("what was served before goes on") == 1
         metrics = urllib.request.urlopen(f"{address}/metrics").read().decode()
         assert "steersman_serving_failures_total 1\n" in metrics
-        assignment.again = 0.0
+        monkeypatch.setattr("steersman.people.serve.assignment.AGAIN", 0.0)
         Serving(1, bad, None, "salt").write(file)  # the file is written anew: it is tried, and then at every request
         until(lambda: answers() == "old" and assignment.failures >= 3)
         assert capsys.readouterr().err.count("what was served before goes on") == 1

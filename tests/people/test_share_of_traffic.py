@@ -75,10 +75,13 @@ def test_a_thumb_goes_to_the_model_that_the_wheel_gave_its_rater(folders, tmp_pa
         assignment = Assignment[str](str(file), lambda one: one.name, lambda name: None)
         with running(Server({}, load=served_from, alias="current", assignment=assignment, backend=behind)) as near:
             model = AnsweringModel(url=f"{near}/v1", name="current")
-            app = make_app(Site(store, [open_answerer(model, AnsweringSampling(max_new_tokens=16))]))
+            site = Site(store, [open_answerer(model, AnsweringSampling(max_new_tokens=16))])
+            app = make_app(site)
             seen = ""
             for i in range(MOST):
-                seen += thumb(TestClient(app, "http://127.0.0.1"), f"rater {i}")
+                client = TestClient(app, "http://127.0.0.1")
+                client.get(f"/enter/{site.key}")
+                seen += thumb(client, f"rater {i}")
                 if i >= FEWEST - 1 and len({body["model"] for body in asked}) == 2:
                     break
     with store.read() as session:

@@ -22,8 +22,9 @@ from transformers import (
 from steersman.assets import story_model
 from steersman.config.load import load_recipe
 from steersman.model import LoraConfig, adapted, load_policy, load_scalar, save, shape_of
+from steersman.plan.costs import seconds
 from steersman.plan.devices import cluster
-from steersman.plan.layouts import Layout, Role, Work, seconds
+from steersman.plan.layouts import Layout, Role, Work
 from steersman.setup.models import policy_from, scalar_from
 from steersman.train.roles import serves_as_critic
 from steersman.types import SteersmanError

@@ -14,8 +14,9 @@ from transformers import LlamaModel
 from steersman.cli import main
 from steersman.config.load import load_recipe
 from steersman.model import Adapted, LoraConfig, adapted, shape_of
+from steersman.plan.costs import weigh
 from steersman.plan.devices import Cluster, Device, cluster
-from steersman.plan.layouts import Layout, Role, Work, layouts, weigh
+from steersman.plan.layouts import Layout, Role, Work, layouts
 from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, decode, phases, simulate
 from steersman.types import SteersmanError
@@ -54,7 +55,7 @@ def test_memory_by_hand():
     last = 4 * 32_000 * 4096 + 2 * min(256 << 20, 4 * tokens * 32_000)
     kept = tokens * 4096 * 32 * 2 + one * tokens + max(4 * tokens * 11_008 * 2, last)
     assert found["gradients"] == B7 * 2 / 8 + max(B7 * 2 / 8 - kept, 0)
-    sampling = B7 * 2 + 8 * 2 * 32 * 32 * 128 * 1024 * 2
+    sampling = B7 * 2 + 8 * 2 * 32 * 32 * 128 * 1024 * 2 + 2048 * 2 * 32 * 32 * 128 * 2  # and one prefill
     assert found["activations, or cache and whole weights while sampling"] == max(kept, sampling)
 
 
@@ -156,10 +157,13 @@ def test_what_is_trained_whole_beside_adapters_is_a_copy_in_the_weights_precisio
 def test_the_cache_is_of_the_sequences_that_are_decoded_side_by_side():
     there, roles, one = cluster("1xH100-80GB"), ppo_roles()[:1], Layout("replicas", 1)
     work = replace(PPO, samples=40, micro=1024)
-    key, cache = "activations, or cache and whole weights while sampling", 2 * 32 * 32 * 128 * 1024 * 2
+    key, token = "activations, or cache and whole weights while sampling", 2 * 32 * 32 * 128 * 2
     few, all_of_them = replace(work, max_batch=16), replace(work, max_batch=64)
-    assert weigh(one, roles, few, there).memory[key] == 16 * cache
-    assert weigh(one, roles, all_of_them, there).memory[key] == 40 * cache
+    # where rows are given to others later, a quarter more; prefills of 2,048 tokens
+    assert weigh(one, roles, few, there).memory[key] == (16 * (1024 + 256) + 2048) * token
+    assert weigh(one, roles, all_of_them, there).memory[key] == (40 * 1024 + 2048) * token
+    of_eight = replace(few, per_prompt=8)
+    assert weigh(one, roles, of_eight, there).memory[key] == (16 * (1024 + 256) + 2 * 512) * token
     rate, bandwidth = 989e12 * 0.4, 3.35e12 * 0.6
     steps = sum((B7 * 2 + rows * 2 * 32 * 32 * 128 * (512 + 256) * 2) / bandwidth for rows in (16, 16, 8))
     found = weigh(one, roles, few, there).seconds["generate"]

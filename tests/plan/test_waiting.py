@@ -7,8 +7,9 @@ from letter_models import save_mini
 from tiny_models import tiny_model
 
 from steersman.model import load_policy, shape_of
+from steersman.plan.costs import HOST_BANDWIDTH, weigh
 from steersman.plan.devices import cluster
-from steersman.plan.layouts import HOST, Layout, Role, Work, weigh
+from steersman.plan.layouts import Layout, Role, Work
 from steersman.plan.memory import CONTEXT, Load, Model, foresee
 from steersman.plan.routes import routes
 from steersman.update.optimizer import OptimizerConfig
@@ -48,7 +49,7 @@ def test_plan_counts_what_waits_when_it_is_read_and_its_way():
     label = "activations, or cache and whole weights while sampling"
     assert before.memory[label] < whole == after.memory[label]
     assert before.peak - after.peak == 2 * whole - (whole - before.memory[label])
-    assert after.seconds["move models"] == 2 * whole / HOST
+    assert after.seconds["move models"] == 2 * whole / HOST_BANDWIDTH
     assert "move models" not in before.seconds
     assert "from the node's memory" in routes(after, waits, work, there)[0]
     sharded = Layout("sharded", 8)

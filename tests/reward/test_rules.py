@@ -1,5 +1,6 @@
 import json
 import re
+import signal
 
 import pytest
 from reward_samples import make_samples
@@ -124,3 +125,18 @@ def test_diversity_is_what_others_do_not_say():
         assert found[i] == pytest.approx(1 - sum(shares) / len(shares))
     assert BUILTINS["diversity"](EMPTY * 3, ["the same"] * 3) == [0, 0, 0]
     assert BUILTINS["diversity"](EMPTY, ["alone here"]) == [1.0]
+
+
+def test_a_regex_that_does_not_end_on_one_completion_is_worth_nothing_there(capsys):
+    """Of the others each keeps its worth; a batch is told once. The alarm is for a search that goes on."""
+    signal.alarm(30)
+    try:
+        pattern = r"<answer>(\d+\s?)+</answer>"
+        texts = ["<answer>12</answer>", "<answer>" + "1" * 60 + "x", "<answer>", "<answer>3</answer> \ud800"]
+        assert BUILTINS["regex"](EMPTY * 4, texts, pattern=pattern) == [1, 0, 0, 1]
+        assert BUILTINS["regex"](EMPTY, texts[1:2], pattern=pattern) == [0]
+        assert BUILTINS["regex"](EMPTY, ["a" * 300_000 + "b"], pattern="b$") == [1]
+    finally:
+        signal.alarm(0)
+    told = capsys.readouterr().err
+    assert told.count("took more than 1 s of processor time") == 1

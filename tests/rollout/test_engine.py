@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from rollout_oracle import character_tokenizer, ragged
@@ -165,25 +167,41 @@ def test_training_mode_comes_back_and_dropout_is_off_meanwhile():
     model(torch.tensor([[3, 4, 5]])).logits.sum().backward()  # nothing of inference mode is left in the module
 
 
-def test_buffers_are_used_again_and_given_back(model):
+def test_the_cache_has_memory_during_a_call_only(model):
+    """An update comes next, which needs it."""
     engine = Engine(model, max_batch=4)
+    layers = engine.decoder.live.live_layers
     first = ids_of(engine.generate(ragged(9), Sampling(20), seed=0))
-    keys = engine.decoder.live.live_layers[0].keys
-    assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
-    assert engine.decoder.live.live_layers[0].keys is keys
     longer = engine.generate(ragged(9), Sampling(60), seed=0)
     assert [s.ids[:20] for s in longer] == first
-    engine.release()
-    assert engine.decoder.live.live_layers[0].keys is None
+    assert all(x is None for layer in layers for x in (layer.keys, layer.values, layer.live_keys, layer.live_values))
+    assert engine.decoder.live.mask is None
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(ragged(9), Sampling(20), progress=interrupted)
+    assert all(layer.keys is None for layer in layers)
     assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
+
+
+def interrupted(done, total, tokens):
+    raise KeyboardInterrupt
 
 
 def test_bytes_of_the_cache_are_counted(model):
-    engine = Engine(model, max_batch=4)
-    engine.generate(ragged(9), Sampling(20), seed=0)
-    live_layers = engine.decoder.live.live_layers
-    held = sum(x.numel() * x.element_size() for b in live_layers for x in (b.keys, b.values))
-    assert held == kv_cache_bytes(model.config, 4, live_layers[0].keys.shape[2], torch.float32)
+    held, columns = held_while_it_samples(Engine(model, max_batch=4))
+    assert held == kv_cache_bytes(model.config, 4, columns, torch.float32)
+
+
+def held_while_it_samples(engine):
+    """Bytes of the cache's keys and values, and its columns."""
+    seen = set()
+
+    def look(*_):
+        buffers = [x for layer in engine.decoder.live.live_layers for x in (layer.keys, layer.values)]
+        seen.add((sum(x.numel() * x.element_size() for x in buffers), buffers[0].shape[2]))
+
+    engine.generate(ragged(9), Sampling(20), seed=0, progress=look)
+    (found,) = seen
+    return found
 
 
 def test_bytes_are_counted_where_layers_differ_and_some_keep_no_keys_of_their_own():
@@ -198,15 +216,32 @@ def test_bytes_are_counted_where_layers_differ_and_some_keep_no_keys_of_their_ow
         max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     engine = Engine(AutoModelForCausalLM.from_config(config).eval(), max_batch=4)
-    engine.generate(ragged(9), Sampling(20), seed=0)
-    live_layers = engine.decoder.live.live_layers
-    assert len(live_layers) == 2
-    held = sum(x.numel() * x.element_size() for b in live_layers for x in (b.keys, b.values))
-    columns = live_layers[0].keys.shape[2]
+    assert len(engine.decoder.live.live_layers) == 2
+    held, columns = held_while_it_samples(engine)
     assert held == kv_cache_bytes(config, 4, columns, torch.float32) == 2 * (2 * 8 + 2 * 16) * 4 * columns * 4
 
 
 # -- how much it computes -------------------------------------------------------------------------------------
+
+
+def test_one_prefill_at_a_time_waits_for_rows(model, monkeypatch):
+    """All rows are free at first: prefills of all of them together would be as large as the live cache."""
+    alive, most = weakref.WeakSet(), []
+    prefill = Decoder.prefill
+
+    def watched(self, prompts):
+        most.append(len(alive))
+        cache, logits = prefill(self, prompts)
+        alive.add(cache)
+        return cache, logits
+
+    monkeypatch.setattr(Decoder, "prefill", watched)
+    engine = Engine(model, max_batch=8, prefill_tokens=20)
+    samples = engine.generate(ragged(9), Sampling(20, min_new_tokens=20), n=2, seed=0)
+    assert len(most) > 4
+    assert max(most) <= 1
+    monkeypatch.undo()
+    assert ids_of(samples) == ids_of(Engine(model).generate(ragged(9), Sampling(20, min_new_tokens=20), n=2, seed=0))
 
 
 def test_prompts_are_read_once_and_only_live_rows_are_computed(model, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from rollout_oracle import ENDS, ragged
 from test_engine_logp import assert_recorded
 from tiny_models import tiny_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from steersman import native
 from steersman.model import LoraConfig
@@ -120,3 +121,29 @@ def test_a_short_call_is_not_worth_it(monkeypatch):
     assert not opened
     engine.generate(ragged(3), Sampling(32), seed=1)
     assert opened == [model]
+
+
+def test_experts_with_adapters_are_plain_ones_meanwhile():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        vocab_size=97, num_local_experts=4, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    adapters = with_adapters(model, ["q_proj", "gate_up_proj", "down_proj"])
+    ids, before, layers = torch.tensor([[5, 6, 7, 8]]), weights(model), lora_layers(model)
+    assert len(layers) == 6
+    kinds = ("q_proj", "gate_up_proj", "down_proj")
+    plain = [
+        x for name, x in model.named_parameters() if name.removesuffix(".weight").endswith(("base_layer", *kinds))
+    ]
+    assert folded_bytes(model) == sum(x.nbytes for x in plain)
+    with torch.no_grad():
+        expected = model(ids).logits
+        with folded(model):
+            assert not lora_layers(model)
+            torch.testing.assert_close(model(ids).logits, expected)
+        with adapters.disable_adapter(), folded(model):
+            assert (model(ids).logits - expected).abs().max() > 1e-3
+    assert lora_layers(model) == layers
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())

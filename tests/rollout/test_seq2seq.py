@@ -48,16 +48,15 @@ def test_rows_of_very_different_sources_share_a_batch(pair):
         assert ids_of(alone) == ids_of(together[4 * i : 4 * i + 4])
 
 
-def test_buffers_are_used_again_and_given_back(pair):
+def test_the_cache_has_memory_during_a_call_only(pair):
     engine = Engine(pair, max_batch=4)
     first = ids_of(engine.generate(ragged(9), Sampling(20), seed=0))
-    keys = engine.decoder.live.buffers[0][0]
-    assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
-    assert engine.decoder.live.buffers[0][0] is keys
     wider = [*ragged(9), Prompt([4] * 40, "", index=20)]
     assert ids_of(engine.generate(wider, Sampling(20), seed=0))[:9] == first
-    engine.release()
-    assert not engine.decoder.live.buffers
+    live = engine.decoder.live
+    assert not live.buffers
+    assert all(x is None for layer in live.self_attention.live_layers for x in (layer.keys, layer.live_keys))
+    assert all(layer.keys is None for layer in live.cross_attention)
     assert ids_of(engine.generate(ragged(9), Sampling(20), seed=0)) == first
 
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from steersman import cli
-from steersman.cli import VERBS, main
+from steersman.cli import main
 from steersman.config.sections import Section
 from steersman.run.files.folder import RunFolder
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS, Verb, import_object
 
 
 class Optim(Section):
@@ -80,7 +80,7 @@ def steersman(monkeypatch, capsys):
     toy = types.ModuleType("toy")
     vars(toy).update(run=run, Recipe=Recipe)
     monkeypatch.setitem(sys.modules, "toy", toy)
-    monkeypatch.setitem(VERBS, "toy", cli.Verb("toy:run", "toy:Recipe", "a toy"))
+    monkeypatch.setitem(VERBS, "toy", Verb("toy:run", "toy:Recipe", "a toy"))
 
     def command(*args: str) -> tuple[int, str, str]:
         code = main(list(args))
@@ -115,7 +115,7 @@ def test_version_and_no_arguments(steersman):
 def test_a_verb_goes_on_with_a_run_or_refuses_to(name, capsys):
     """A verb that reads `resume` says so in the table of verbs, and no other takes --resume."""
     verb = VERBS[name]
-    code = ast.parse(textwrap.dedent(inspect.getsource(cli._load(verb.run))))
+    code = ast.parse(textwrap.dedent(inspect.getsource(import_object(verb.run))))
     assert verb.resumes == any(isinstance(part, ast.Name) and part.id == "resume" for part in ast.walk(code))
     if not verb.resumes:
         assert main([name, "some.yaml", "--resume"]) == 2

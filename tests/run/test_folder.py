@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from steersman.atomic import replace_dir, save_dir, write_atomic
+from steersman.atomic import check_places, locked, recover, replace_dir, save_dir, write_atomic
 from steersman.config.load import load_recipe
 from steersman.config.sections import Section
+from steersman.jsonl import append_jsonl
 from steersman.run.files.folder import RunFolder, held
+from steersman.run.files.log import FILES, SOMETIMES, Log
 from steersman.types import SteersmanError
 
 
@@ -252,3 +254,65 @@ def test_write_atomic_never_shows_a_half(tmp_path):
     (tmp_path / "t" / "f").write_text("1")
     replace_dir(tmp_path / "t", tmp_path / "u")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "u"]
+
+
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    """A file of the user's, to which links in a folder of somebody else's lead."""
+    file = tmp_path / "authorized_keys"
+    file.write_text("ssh-ed25519 AAAA my only key\n")
+    return file
+
+
+def test_a_start_that_is_refused_has_written_through_no_link(tmp_path, victim):
+    run = tmp_path / "run"
+    RunFolder(run, Recipe()).close()
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(victim)
+    for resume in (False, True):
+        with pytest.raises(SteersmanError, match=r"\.lock: it is a link \(to .*authorized_keys\).*remove the link"):
+            RunFolder(run, Recipe(), resume=resume)
+    assert victim.read_text() == "ssh-ed25519 AAAA my only key\n"
+
+
+@pytest.mark.parametrize("name", [*FILES, *SOMETIMES])
+def test_a_log_goes_through_no_link(tmp_path, victim, name):
+    """Neither to what is there nor to what is not."""
+    for target in (victim, tmp_path / "bash_profile"):
+        run = tmp_path / f"run-{target.name}"
+        run.mkdir()
+        (run / name).symlink_to(target)
+        with pytest.raises(SteersmanError, match=f"{name}: it is a link"):
+            Log(run, title="t", total=1)
+        with pytest.raises(SteersmanError, match=f"{name}: it is a link"):
+            append_jsonl(run / name, {"a": 1})
+    assert victim.read_text() == "ssh-ed25519 AAAA my only key\n"
+    assert not (tmp_path / "bash_profile").exists()
+
+
+def test_what_is_written_beside_its_place_goes_through_no_link(tmp_path, victim):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.mkdir()
+    (other / "kept").touch()
+    (run / ".tmp-a.json").symlink_to(victim)
+    write_atomic(run / "a.json", "{}")
+    (run / ".tmp-b.json").symlink_to(tmp_path / "made")
+    check_places(run / "b.json")
+    assert not (tmp_path / "made").exists()
+    (run / ".lock-c").symlink_to(victim)
+    with pytest.raises(SteersmanError, match="it is a link"), locked(run / "c"):
+        pass
+    (run / "model").symlink_to(other)
+    for _ in range(2):
+        (run / ".tmp-model").symlink_to(other)
+        (run / ".old-model").symlink_to(other)
+        save_dir(run / "model", lambda folder: (folder / "w").touch())
+    (run / ".tmp-step-3").symlink_to(other)
+    recover(run)
+    assert victim.read_text() == "ssh-ed25519 AAAA my only key\n"
+    assert [p.name for p in other.iterdir()] == ["kept"]
+    assert (run / "a.json").read_text() == "{}"
+    assert sorted(p.name for p in run.iterdir()) == [".lock-c", "a.json", "model"]
+    assert [p.name for p in (run / "model").iterdir()] == ["w"]
+    assert not (run / "model").is_symlink()

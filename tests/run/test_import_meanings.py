@@ -117,6 +117,13 @@ MEANINGS = [
     ("luspo", {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 2e-3,
                "epsilon_high": 2.5e-3},
      {"algorithm.clip_low": 2e-3, "algorithm.clip_high": 2.5e-3}, set()),
+    ("a2po", {"beta1": 0.4, "beta2": 2e-3, "num_value_samples": 4, "filter_all_incorrect": True,
+              "per_device_train_batch_size": 16, "num_processes": 1},
+     {"algorithm.value_beta": 0.4, "algorithm.beta": 2e-3, "algorithm.value_samples": 4,
+      "algorithm.solved_above": 0.0, "rollout.prompts": 16, "run.devices": 1}, set()),
+    ("a2po", {"beta2": 1e-3}, {"algorithm.beta": 1e-3, "algorithm.solved_above": 0.0}, set()),
+    ("a2po", {"beta2": 1e-3, "filter_all_incorrect": False}, {"algorithm.beta": 1e-3}, set()),
+    ("grpo", {"beta1": 0.4, "filter_all_incorrect": True}, {}, {"beta1", "filter_all_incorrect"}),
     ("grpo", {"loss_type": "luspo"}, {"algorithm.average": "episode"}, set()),
     ("luspo", {"loss_type": "luspo"}, {}, {"loss_type"}),
     ("gspo", {"loss_type": "luspo", "importance_sampling_level": "sequence"}, {}, {"loss_type"}),
@@ -274,6 +281,8 @@ COMMANDS = {
     "set -x\nread -r -d '' words <<EOF\n"
     "openrlhf.cli.train_dpo \\\n --adam_betas 0.9 0.95 \\\n --packing_samples\nEOF\n"
     "# it's\ndeepspeed --module $words": ("dpo", {"adam_betas": [0.9, 0.95], "packing_samples": True}),
+    "trl a2po --beta1 0.4 --beta2 0.001": ("a2po", {"beta1": 0.4, "beta2": 0.001}),
+    "python train.py --num_value_samples 4": ("a2po", {"num_value_samples": 4}),
     "trl orpo --beta 0.2": ("dpo", {"beta": 0.2}),
 }  # fmt: skip
 

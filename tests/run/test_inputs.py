@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -51,6 +52,21 @@ def test_hidden_files_do_not_count(tmp_path):
     (tmp_path / ".ipynb_checkpoints" / "rows-checkpoint.jsonl").write_text("{}")
     (tmp_path / ".tmp-rows.jsonl").write_text("{")
     assert fingerprints(Asked(path=str(tmp_path)), tmp_path / "run") == before
+
+
+def test_adapters_count_with_the_model_that_they_are_on(tmp_path):
+    base, adapters = tmp_path / "base", tmp_path / "adapters"
+    base.mkdir()
+    adapters.mkdir()
+    (base / "config.json").write_text("{}")
+    file = adapters / "adapter_config.json"
+    file.write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    before = fingerprints(Asked(path=str(adapters)), tmp_path / "run")
+    (base / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    assert fingerprints(Asked(path=str(adapters)), tmp_path / "run") != before
+    for odd in ("[]", "{", "{}", '{"base_model_name_or_path": null}'):  # what can not be loaded is refused elsewhere
+        file.write_text(odd)
+        assert fingerprints(Asked(path=str(adapters)), tmp_path / "run")
 
 
 def test_of_a_large_file_its_ends_and_its_size_count(tmp_path):

@@ -44,7 +44,7 @@ def by_definition(rated: list[tuple[str, float]]) -> float:
 def test_random_ratings_by_the_definition():
     rng = np.random.default_rng(3)
     rated = [(str(u), float(rng.integers(1, 6))) for u in range(30) for _ in range(rng.integers(1, 5))]
-    assert alpha(rated, "interval", draws=10).value == pytest.approx(by_definition(rated), abs=1e-12)
+    assert alpha(rated, "interval").value == pytest.approx(by_definition(rated), abs=1e-12)
 
 
 def test_where_nothing_can_be_said():
@@ -52,6 +52,18 @@ def test_where_nothing_can_be_said():
     assert math.isnan(alpha([("a", 1.0), ("b", 2.0)]).value)
     assert math.isnan(alpha([("a", 1.0), ("a", 1.0)]).value)
     assert alpha([("a", 1.0), ("a", 1.0), ("b", 2.0), ("b", 2.0)]).value == 1.0
+
+
+@pytest.mark.parametrize(("n", "low"), [(2, 0.025**0.5), (10, 0.025**0.1), (200, 0.025**0.005)])
+def test_units_that_all_agree_may_have_left_out_one_that_does_not(n, low):
+    found = alpha([(str(u), float(u % 2)) for u in range(n) for _ in range(3)])
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(low)
+
+
+def test_units_that_all_disagree_do_not_make_it_certain():
+    found = alpha([(str(u), float(r)) for u in range(10) for r in range(2)])
+    assert -1 < found.low <= found.value < found.high - 0.5
 
 
 def test_kappa_by_the_textbook():

@@ -15,9 +15,9 @@ from steersman.statistics.sample_size import fixed_size, outcomes, plan, plan_ar
 from steersman.statistics.sequential import (
     BETS,
     PRECISION,
+    Look,
     Running,
     arm_difference,
-    confidence_sequence,
     first_crossing,
     log_wealth,
     refuted,
@@ -29,6 +29,15 @@ VALUES = (0.0, 0.5, 1.0)
 
 def every(n: int) -> np.ndarray:
     return np.array(list(itertools.product(VALUES, repeat=n)))
+
+
+def every_look(x: np.ndarray, alpha: float = 0.05) -> list[Look]:
+    """The look after each value."""
+    running, out = Running(alpha), []
+    for value in x:
+        running.add([value])
+        out.append(running.look())
+    return out
 
 
 def chance(paths: np.ndarray, m: float, ties: float) -> np.ndarray:
@@ -110,7 +119,7 @@ def test_bounds_are_rounded_outwards(seed):
 
 def test_an_interval_excludes_the_null_exactly_when_the_e_value_says_so():
     x = outcomes(0.1, 0.2, (1, 600), np.random.default_rng(2))[0]
-    looks = confidence_sequence(x)
+    looks = every_look(x)
     first = int(first_crossing(x))
     excluded = [look.n for look in looks if not look.low < 0.5 < look.high]
     assert first
@@ -125,7 +134,7 @@ def test_bounds_hold_at_all_looks_at_once_by_enumeration(m, ties):
     paths = every(5)
     p = chance(paths, m, ties)
     paths, p = paths[p > 0], p[p > 0]
-    missed = np.array([any(not v.low <= m <= v.high for v in confidence_sequence(x, 0.4)) for x in paths])
+    missed = np.array([any(not v.low <= m <= v.high for v in every_look(x, 0.4)) for x in paths])
     assert 0 < p @ missed <= 0.4
 
 
@@ -198,7 +207,7 @@ def test_a_mean_is_refuted_where_the_bounds_first_leave_it_behind(m, monkeypatch
     """And once: the same places for every number of values that comes after."""
     monkeypatch.setattr(sequential, "PIECE", 64)
     x = (np.random.default_rng(5).random(400) < 0.58).astype(float)
-    looks = confidence_sequence(x)
+    looks = every_look(x)
     above = next((look.n for look in looks if look.low > m + 2 * PRECISION), 0)
     below = next((look.n for look in looks if look.high < m - 2 * PRECISION), 0)
     found = [refuted(x[:n], m) for n in range(401)]

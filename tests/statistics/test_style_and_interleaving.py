@@ -12,10 +12,10 @@ from scipy.optimize import minimize
 
 from steersman.statistics.interleaving import credit, team_draft
 from steersman.statistics.ratings import SCALE, Battle, ratings
-from steersman.statistics.style import StyledBattle, controlled_ratings, style
+from steersman.statistics.style import controlled_ratings, style
 
 
-def world(count: int, length_effect: float, seed: int = 0) -> list[StyledBattle]:
+def world(count: int, length_effect: float, seed: int = 0) -> list[Battle]:
     """c is better than b by 1 nat; a is as good as b and writes at length, which is worth `length_effect` nats."""
     rng = np.random.default_rng(seed)
     theta, long = {"a": 0.0, "b": 0.0, "c": 1.0}, {"a": 0.8, "b": 0.0, "c": 0.1}
@@ -24,13 +24,13 @@ def world(count: int, length_effect: float, seed: int = 0) -> list[StyledBattle]
         x, y = rng.choice(["a", "b", "c"], 2, replace=False)
         d = long[x] - long[y] + rng.normal(0, 0.4)
         p = 1 / (1 + math.exp(-(theta[x] - theta[y] + length_effect * d)))
-        out.append(StyledBattle(str(x), str(y), float(rng.random() < p), (d,), i % 200))
+        out.append(Battle(str(x), str(y), float(rng.random() < p), i % 200, (d,)))
     return out
 
 
 def test_the_fit_is_the_maximum_of_the_likelihood():
     battles = world(60, 1.0)
-    battles[3] = StyledBattle("a", "b", 0.5, (0.3,), 3)
+    battles[3] = Battle("a", "b", 0.5, 3, (0.3,))
     told = controlled_ratings(battles, anchor="b", features=("length",), draws=0)
     x = np.array([b.style[0] for b in battles])
     spread = np.sqrt((x**2).mean())
@@ -57,9 +57,20 @@ def test_the_battles_of_one_user_have_no_interval():
     assert told.effects["length"].plain()["low"] is None
 
 
-def turned(b: StyledBattle) -> StyledBattle:
+def test_users_who_all_agree_leave_the_rating_open():
+    """As `ratings` has it, and a feature that never differs has no interval."""
+    battles = [Battle("a", "b", 1.0, i, (0.0,)) for i in range(6)]
+    told = controlled_ratings(battles, anchor="b", features=("length",))
+    fair, plain = (next(r for r in x if r.player == "a") for x in (told.ratings, ratings(battles, anchor="b")))
+    assert fair.low == pytest.approx(plain.low, abs=40)
+    assert fair.low < fair.rating - 200
+    assert fair.high > fair.rating + 200
+    assert told.effects["length"].plain() == {"value": 0.0, "low": None, "high": None, "n": 6}
+
+
+def turned(b: Battle) -> Battle:
     """The same battle with its answers the other way round."""
-    return StyledBattle(b.second, b.first, 1 - b.share, tuple(-x for x in b.style), b.group)
+    return Battle(b.second, b.first, 1 - b.share, b.group, tuple(-x for x in b.style))
 
 
 @pytest.mark.parametrize("difference", ["varies", "constant"])
@@ -79,7 +90,7 @@ def test_it_does_not_matter_which_answer_stands_first(difference):
     assert leads == pytest.approx([leads[0]] * 3, abs=1e-6)
     assert lengths == pytest.approx([lengths[0]] * 3, abs=1e-6)
     if difference == "constant":
-        plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], anchor="b", draws=0)
+        plain = ratings(battles, anchor="b", draws=0)
         lead = next(r.rating for r in plain if r.player == "c") - 1000
         assert lead > 50
         assert leads[0] + lengths[0] == pytest.approx(lead, rel=0.1)
@@ -87,7 +98,7 @@ def test_it_does_not_matter_which_answer_stands_first(difference):
 
 def test_without_features_it_is_bradley_terry():
     battles = world(300, 0.0)
-    plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], anchor="b", draws=10)
+    plain = ratings(battles, anchor="b", draws=10)
     told = controlled_ratings(battles, anchor="b", features=(), draws=10)
     for one, other in zip(plain, told.ratings, strict=True):
         assert (one.player, one.battles) == (other.player, other.battles)
@@ -97,7 +108,7 @@ def test_without_features_it_is_bradley_terry():
 
 def test_a_lead_that_is_length_alone_goes_away():
     battles = world(3000, 2.0)
-    plain = {r.player: r for r in ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], anchor="b")}
+    plain = {r.player: r for r in ratings(battles, anchor="b")}
     told = controlled_ratings(battles, anchor="b", features=("length",))
     fair = {r.player: r for r in told.ratings}
     assert plain["a"].low > 1100

@@ -15,10 +15,11 @@ from typing import Any
 import pretend_device
 import torch
 
-from steersman.cli import VERBS
+from steersman.distill.loop import Distill
 from steersman.train import session
 from steersman.train.offline import Offline
 from steersman.train.on_policy import OnPolicy
+from steersman.verb_table import VERBS
 
 
 def counted(kind: type, method: str, found: list[list[Any]]) -> None:
@@ -41,6 +42,7 @@ if __name__ == "__main__":
     waited: list[list[Any]] = []
     counted(OnPolicy, "iteration", waited)
     counted(Offline, "step", waited)
+    counted(Distill, "update", waited)
     found: dict[str, Any] = {}
     for case in json.loads(Path(sys.argv[1]).read_text()):
         verb, error = VERBS[case["verb"]], None

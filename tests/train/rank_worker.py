@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from forked import ENGINES
 
-from steersman.cli import VERBS
 from steersman.distributed.launch import as_rank
 from steersman.rollout.remote import launch
 from steersman.train import session
+from steersman.verb_table import VERBS
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

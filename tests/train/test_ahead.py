@@ -18,6 +18,7 @@ from train_kit import cut_after, merge, plain, recipe, rows, settings, weights
 
 from steersman.data import Batches
 from steersman.rollout.remote import launch
+from steersman.rollout.remote.wire import ENGINE_KEY
 from steersman.train import session
 from steersman.train.ahead import Ahead
 from steersman.train.roles import build_roles
@@ -40,10 +41,14 @@ def elsewhere(mini, tmp_path_factory):
     words = [sys.executable, "-m", "steersman.rollout.remote.serve", "--model", str(mini), "--threads", "1",
              "--max-batch", "64", "--dtype", "float32", "--device", "cpu", "--port"]  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "log"
-    launched = launch.ServerProcess("engine process", lambda port: [*words, str(port)], log, timeout=400)
-    launched.start()
-    yield {**ELSEWHERE, "rollout.url": [launched.wait().url]}
-    launched.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENGINE_KEY, "a-key")
+        launched = launch.ServerProcess(
+            "engine process", lambda port: [*words, str(port)], log, timeout=400, key="a-key"
+        )
+        launched.start()
+        yield {**ELSEWHERE, "rollout.url": [launched.wait().url]}
+        launched.stop()
 
 
 def unlike_syncs(row):

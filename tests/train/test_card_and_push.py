@@ -46,6 +46,29 @@ def test_what_others_wrote_can_not_break_out_of_the_card(run_folder):
     assert "`b`" not in text
 
 
+def test_a_card_names_no_folder_and_no_password_of_the_machine(run_folder, tmp_path):
+    """Whatever a config.yaml of an older steersman holds."""
+    config = run_folder / "config.yaml"
+    assert str(tmp_path) in config.read_text()
+    more = {"judge": {"endpoint": {"url": "http://ada:s3cr3t@judge.example/v1", "cache": f"{tmp_path}/a b.jsonl"}}}
+    config.write_text(config.read_text() + yaml.safe_dump(more))
+    text = write_card(run_folder).read_text()
+    assert "s3cr3t" not in text
+    assert str(tmp_path) not in text
+    settings = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    assert settings["model"]["path"] == "base"
+    assert settings["data"]["path"] == "rows.jsonl"
+    assert settings["judge"]["endpoint"] == {"url": "http://[...]@judge.example/v1", "cache": "a b.jsonl"}
+    assert "`steersman sft` on `base`" in text
+
+
+@pytest.mark.parametrize("name", ["MODEL.BIN", "x.pth.tar", "last.ckpt", "head.joblib", "table.npy"])
+def test_a_file_that_could_run_code_is_known_however_it_is_called(run_folder, name, capsys):
+    (run_folder / "model" / name).write_bytes(b"1")
+    assert cli.main(["push", str(run_folder), "--name", "me/polite", "--dry_run", "true"]) == 2
+    assert f"could run code, or links: {name}" in capsys.readouterr().err
+
+
 def test_a_dry_run_shows_the_files_and_sends_nothing(run_folder, capsys):
     assert cli.main(["push", str(run_folder), "--name", "me/polite", "--dry_run", "true"]) == 0
     told = capsys.readouterr().out

@@ -177,6 +177,8 @@ def oracle(case, now, traj):
                 W = float(torch.stack([*d.values()]).sum().detach().exp())
                 k, lam = (2.0, 3.0) if adv >= 0 else (3.0, 2.0)
                 loss[t] = -(W**k * math.exp(lam * (1 - W))) * adv * x[t]
+            elif case == "a2po":
+                loss[t] = (BETA * sum(x[u] - ref[u] for u in steps) - adv) ** 2
             elif case in ("sequence", "episode"):
                 loss[t] = -adv * x[t]
             else:
@@ -193,9 +195,10 @@ def oracle(case, now, traj):
                 k3 = mean([float(v - 1 - v.log()) for v in w.values()])
                 loss[t] = loss[t] * (float(w[t]) if k3 <= 0.02 else 0.0)
         own = sum(loss.values())
-        total = total + {"sequence": own / len(steps) / 4, "episode": own / LIMIT / 4, "luspo": own / LIMIT / 4}.get(
-            case, own / sum(map(len, counted))
-        )
+        by_sequence, by_episode = own / len(steps) / 4, own / LIMIT / 4
+        total = total + {
+            "sequence": by_sequence, "a2po": by_sequence, "episode": by_episode, "luspo": by_episode
+        }.get(case, own / sum(map(len, counted)))  # fmt: skip
     return total
 
 
@@ -203,6 +206,7 @@ METHODS = {
     "gspo": ("gspo", {"average": "token", "clip_low": 0.05, "clip_high": 0.05}, None),
     "luspo": ("luspo", {"clip_low": 0.05, "clip_high": 0.05}, None),
     "vespo": ("vespo", {}, None),
+    "a2po": ("a2po", {"beta": BETA}, None),
     "sequence": ("rloo", {"average": "sequence"}, None),
     "episode": ("rloo", {}, None),
     "k1_to_go": ("dapo", {"kl_in": "loss", "kl_estimator": "k1_to_go", "beta": BETA}, None),

@@ -13,10 +13,10 @@ from letter_models import rows_of
 from test_ranks_equal_one import recipe_of
 from train_kit import merge
 
-from steersman import cli
 from steersman.metrics import metric
 from steersman.run.preflight import Preflight
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS
 
 pytest.importorskip("lm_eval")
 
@@ -29,7 +29,7 @@ def made(name: str, folder: Path, model: Path, changes: dict[str, Any] | None = 
     values = merge(case["recipe"], {"evaluation": evaluation(folder), **(changes or {})})
     if name == "distill":
         values |= {"teacher": {"path": str(model)}, "rollout": {"max_new_tokens": 6}}
-    verb = cli.VERBS[name if name == "distill" else case["verb"]]
+    verb = VERBS[name if name == "distill" else case["verb"]]
     return verb, verb.recipe_class(None, []).model_validate(values)
 
 

@@ -11,10 +11,11 @@ import pytest
 from letter_models import save_mini, write_jsonl
 from train_kit import merge
 
-from steersman.cli import VERBS, main
+from steersman.cli import main
 from steersman.config.load import load_recipe
 from steersman.config.sections import Section
 from steersman.control.recipe import RECIPES
+from steersman.verb_table import VERBS
 
 WORDS = ["yes it is.", "no", "a cat", "ok", "look", "so", "hm", "what?"]
 SOMETIMES = {

@@ -12,7 +12,7 @@ from train_kit import merge
 from steersman.advantage.returns import return_to_go
 from steersman.algorithms import ALGORITHMS
 from steersman.reward import RewardConfig, ScoreShaping
-from steersman.train.experience import behaviour_logp, tokens_of, trajectory
+from steersman.train.experience import EpisodeRules, behaviour_logp, tokens_of, trajectory
 from steersman.types import Prompt, Sample
 
 SAMPLES = [
@@ -26,7 +26,7 @@ SCORE = torch.tensor([2.0, -1.0, 0.5])
 
 def made(beta: float, name: str = "ppo", settings: dict | None = None, **given):
     algorithm = ALGORITHMS[name](**{"gamma": 0.9, **(settings or {})})
-    return algorithm, trajectory(SAMPLES, tokens_of(SAMPLES), SCORE, algorithm, beta, **given)
+    return algorithm, trajectory(SAMPLES, tokens_of(SAMPLES), SCORE, algorithm, beta=beta, **given)
 
 
 def test_kl_at_every_token_and_the_score_at_the_last_only():
@@ -58,19 +58,21 @@ def test_every_response_ends_where_it_was_judged():
 
 
 def test_a_cut_that_bootstraps_withholds_the_score_and_goes_on():
-    _, traj = made(0.2, logp_ref=REF, cut="bootstrap")
+    _, traj = made(0.2, logp_ref=REF, rules=EpisodeRules("bootstrap"))
     expected = [[0.9, 0.9, 0.0], [0.9, 0.9, 0.9], [0.0, 0.9, 0.9]]
     torch.testing.assert_close(traj.discount, torch.tensor(expected))
     # the KL penalty stays
     torch.testing.assert_close(traj.reward, torch.tensor([[-0.1, 0.2, 2.0], [0, -0.2, 0], [0.7, 0, 0]]))
-    _, dense = made(0.0, cut="bootstrap", per_token=torch.tensor([[1.0, 0, 0], [5.0, 6.0, 0], [0.5, 0, 0]]))
+    _, dense = made(
+        0.0, rules=EpisodeRules("bootstrap"), per_token=torch.tensor([[1.0, 0, 0], [5.0, 6, 0], [0.5, 0, 0]])
+    )
     torch.testing.assert_close(dense.reward, torch.tensor([[1.0, 0, 1.0], [0, 0, 0], [0.5, 0, 0]]))
 
 
 @pytest.mark.parametrize("cut", ["end", "bootstrap"])
 def test_gae_bootstraps_only_the_response_that_was_cut(cut):
     value = torch.tensor([[1.0, 2.0, 3.0, 50.0], [4.0, 5.0, 6.0, 70.0], [1.5, 80.0, 90.0, 90.0]])
-    algorithm, traj = made(0.0, settings={"lam": 0.5, "whiten": False}, cut=cut)
+    algorithm, traj = made(0.0, settings={"lam": 0.5, "whiten": False}, rules=EpisodeRules(cut))
     traj.value = value
     adv, ret = algorithm.advantage(traj)
     d2 = 2.0 - 3.0
@@ -86,7 +88,7 @@ def test_gae_bootstraps_only_the_response_that_was_cut(cut):
 
 def test_whitened_rewards_have_variance_one_and_keep_their_mean():
     _, plain = made(0.2, logp_ref=REF)
-    _, white = made(0.2, logp_ref=REF, whiten_reward=True)
+    _, white = made(0.2, logp_ref=REF, rules=EpisodeRules(whiten=True))
     before, after = plain.reward[plain.mask].double(), white.reward[white.mask].double()
     mean = sum(before.tolist()) / 6
     spread = math.sqrt(sum((x - mean) ** 2 for x in before.tolist()) / 6)
@@ -175,7 +177,7 @@ def test_steps_that_do_not_count_change_no_advantage(name, cut):
     value = torch.randn(4, 7, generator=g)
     found = []
     for samples, tokens in with_holes(mask, score, logp, finish):
-        traj = trajectory(samples, tokens, score, algorithm, 0.0, cut=cut)
+        traj = trajectory(samples, tokens, score, algorithm, rules=EpisodeRules(cut))
         width = tokens.mask.shape[1]
         traj.value, traj.baseline = torch.zeros(4, width + 1), torch.tensor([0.1, 0.2, 0.3, 0.4])
         for b in range(4):
@@ -195,7 +197,7 @@ def test_a_terminated_episode_does_not_bootstrap_behind_its_mask():
     """Reward 1, ended, and a critic that says 5 of the states behind the mask: the return is 1, not 6."""
     sample = Sample(Prompt([4], ""), [5, 6, 7], [0.0, 0.0, 0.0], "eos")
     tokens = replace(tokens_of([sample]), mask=torch.tensor([[True, False, False]]))
-    traj = trajectory([sample], tokens, torch.tensor([1.0]), ALGORITHMS["ppo"](), 0.0)
+    traj = trajectory([sample], tokens, torch.tensor([1.0]), ALGORITHMS["ppo"]())
     traj.value = torch.full((1, 4), 5.0)
     assert return_to_go(traj)[0, 0].item() == 1.0
 
@@ -207,6 +209,6 @@ def test_what_an_environment_wrote_counts_nowhere():
     plain = Sample(asked, [6, 7], [-1.0, -2.0], "eos")
     tokens = tokens_of([played, plain])
     assert tokens.mask.tolist() == [[True, False, False, True], [True, True, False, False]]
-    traj = trajectory([played, plain], tokens, torch.tensor([1.0, 2.0]), ALGORITHMS["ppo"](gamma=0.5), 0.0)
+    traj = trajectory([played, plain], tokens, torch.tensor([1.0, 2.0]), ALGORITHMS["ppo"](gamma=0.5))
     assert traj.reward.tolist() == [[0, 0, 0, 1.0], [0, 2.0, 0, 0]]
     assert return_to_go(traj).tolist() == [[0.5, 0, 0, 1.0], [1.0, 2.0, 0, 0]]

@@ -22,7 +22,7 @@ from steersman.model import LoraConfig, Policy, load_policy
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig, mismatched
 from steersman.setup import reference
 from steersman.setup.reference import AdaptersOff, answer_logp, divergence
-from steersman.train.held_prompts import HeldPrompts, SamplesConfig
+from steersman.train.reference_looks import ReferenceLooks, SamplesConfig
 from steersman.train.tally import Tally
 from steersman.types import Prompt, SteersmanError, Tokens
 from steersman.verbs import feedback, preference
@@ -335,11 +335,11 @@ def test_held_prompts_report_the_divergence_of_what_was_sampled():
     log = SimpleNamespace(samples=lambda step, rows: None)
     session = SimpleNamespace(config=SimpleNamespace(seed=3, micro_tokens=12), step=0, log=log)
     prompts = [Prompt([5, 6, 7], "a", index=0), Prompt([9], "b", index=1), Prompt([11, 12], "c", index=2)]
-    watch = HeldPrompts(policy, reference, prompts, SamplesConfig(max_new_tokens=6), session)
+    looks = ReferenceLooks(policy, reference, prompts, SamplesConfig(max_new_tokens=6), session)
     made: list = []
-    generate = watch.engine.generate
-    watch.engine.generate = lambda *a, **k: made.extend(generate(*a, **k)) or made
-    told = watch.look()
+    generate = looks.engine.generate
+    looks.engine.generate = lambda *a, **k: made.extend(generate(*a, **k)) or made
+    told = looks.look()
     total = nats = count = 0.0
     for sample in made:
         ids, first = torch.tensor([sample.prompt.ids + sample.ids]), len(sample.prompt.ids) - 1

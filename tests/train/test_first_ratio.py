@@ -52,7 +52,7 @@ def test_the_first_ratio_is_one_and_the_gradient_is_reinforces(family, temperatu
         assert all(s.support is not None for s in samples)
     tokens = tokens_of(samples)
     algorithm = ALGORITHMS["ppo"](beta=0.0, epochs=1, minibatches=1)
-    traj = trajectory(samples, tokens, torch.zeros(len(samples)), algorithm, 0.0)
+    traj = trajectory(samples, tokens, torch.zeros(len(samples)), algorithm)
     adv = torch.where(traj.mask, torch.randn(traj.mask.shape, generator=torch.Generator().manual_seed(1)), 0.0)
     learner = Learner(
         algorithm, policy, Optimizer(policy.parameters(), OptimizerConfig(), 1), temperature=temperature,
@@ -77,7 +77,7 @@ def test_the_first_ratio_is_one_and_the_gradient_is_reinforces(family, temperatu
 def test_a_wrong_temperature_shows_as_a_gap():
     policy, samples = sampled("llama", 0.7, {})
     tokens, algorithm = tokens_of(samples), ALGORITHMS["rloo"](beta=0.0)
-    traj = trajectory(samples, tokens, torch.zeros(len(samples)), algorithm, 0.0)
+    traj = trajectory(samples, tokens, torch.zeros(len(samples)), algorithm)
     learner = Learner(algorithm, policy, Optimizer(policy.parameters(), OptimizerConfig(), 1), temperature=1.0)
     stats = learner.update(tokens, traj, Advantage(traj.reward), Coefficients(), torch.Generator())
     assert stats["ratio_gap"] > 0.05

@@ -18,9 +18,9 @@ from test_ranks_equal_one import recipe_of
 from train_kit import merge, save_tiny
 from transformers import AutoModelForCausalLM
 
-from steersman import cli
 from steersman.run.device import device_apart
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS
 from steersman.verbs.feedback import RECIPES as FEEDBACK
 from steersman.verbs.on_policy_recipes import RECIPES
 from steersman.verbs.preference import PreferenceRecipe
@@ -52,7 +52,8 @@ def offline_values(verb: str, folder: Path, run: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(folder) -> list[dict[str, list[str]]]:
     """Where the models lay in a run that keeps them on its device, in one that takes them to the CPU, and in one that
-    has them on another device; and DPO's and KTO's reference in runs that keep it, and that take it to the CPU."""
+    has them on another device; and DPO's and KTO's reference in runs that keep it, that take it to the CPU, and that
+    look at no held prompts."""
     recipes = [
         ("ppo", merge(values_of(folder, folder / "model", run), {"run.device": "pretend", **more}))
         for run, more in (("stays", {}), ("waits", {"offload": True}), ("apart", {"frozen_apart": True}))
@@ -61,6 +62,18 @@ def found(folder) -> list[dict[str, list[str]]]:
         (verb, merge(offline_values(verb, folder, run), {"run.device": "pretend", **more}))
         for verb in ("dpo", "kto")
         for run, more in (("stays", {}), ("waits", {"offload": True}))
+    ]
+    unread: list[tuple[str, dict[str, Any]]] = [
+        ("dpo", {}), ("kto", {}), ("dpo", {"data.cache": str(folder / "cache")})
+    ]  # fmt: skip
+    recipes += [
+        (
+            verb,
+            merge(
+                offline_values(verb, folder, f"unread-{i}"), {"run.device": "pretend", "samples.prompts": 0, **more}
+            ),
+        )
+        for i, (verb, more) in enumerate(unread)
     ]
     (folder / "recipes.json").write_text(json.dumps(recipes))
     running = Python(str(WORKER), str(folder / "recipes.json"), str(folder / "found.json"))
@@ -86,6 +99,16 @@ def test_an_offline_reference_is_on_the_device_while_it_is_read(at, found):
 
 
 @needs_device
+@pytest.mark.parametrize(
+    ("at", "during"), [(7, "cpu"), (8, "pretend:0"), (9, "pretend:0")], ids=["dpo", "kto", "dpo from a cache"]
+)
+def test_a_reference_that_is_never_read_again_leaves_the_device(at, during, found):
+    """KTO reads it once an update, and of a cache it is read batch by batch."""
+    assert found[at]["reference"] == ["pretend:0"]
+    assert found[at]["update"] == [during]
+
+
+@needs_device
 @pytest.mark.parametrize("verb", ["dpo", "kto"])
 def test_what_offline_methods_learn_is_the_same_bit_for_bit(verb, found, folder):
     stays, waits = (trained_weights(folder / run / verb) for run in ("stays", "waits"))
@@ -99,6 +122,7 @@ def test_what_offline_methods_learn_is_the_same_bit_for_bit(verb, found, folder)
         ("dpo", {"parallel": {"mode": "zero3"}}, "zero3 they lie in pieces.*parallel.offload: true"),
         ("kto", {"model.lora": {"r": 2}}, "no reference of its own"),
         ("dpo", {"loss.name": "tdpo2"}, "read in every micro-batch"),
+        ("dpo", {"data.cache": "cache"}, "read in every micro-batch"),
         ("dpo", {"loss.name": "simpo", "samples.prompts": 0}, "no reference of its own"),
         ("kto", {"data.stream": True, "data.held_out": 0, "train.max_steps": 2, **WEIGHTS}, "in every micro-batch"),
         ("dpo", {"model.quantise": "nf4", "model.lora": {"r": 2}, "reference": "x"}, "remove model.quantise"),
@@ -143,7 +167,7 @@ def test_what_waits_in_half_precision_on_a_cpu_teaches_the_same(verb, tmp_path):
         del case["recipe"]["run"]["devices"]
         recipe = {**RECIPES, **FEEDBACK, "dpo": PreferenceRecipe}[verb]
         values = recipe.model_validate(merge(case["recipe"], {"model.dtype": "float32", "offload": offload}))
-        cli.VERBS[verb].here(values, resume=False)
+        VERBS[verb].here(values, resume=False)
     stays, waits = (trained_weights(Path(case["recipe"]["run"]["dir"])) for case in cases)
     assert stays.keys() == waits.keys()
     assert all(torch.equal(stays[key], waits[key]) for key in stays)
@@ -211,9 +235,9 @@ def test_a_launcher_that_does_not_count_the_ranks_of_a_machine_is_told_to(monkey
 def test_too_few_devices_for_the_ranks_are_counted(folder):
     script = """
 import os, pretend_device, torch
-from steersman.run.device import device_apart
+from steersman.run.device import device_apart, resolve_device
 pretend_device.start()
-assert device_apart(torch.device("pretend")) == torch.device("pretend:1")
+assert device_apart(resolve_device("pretend")) == torch.device("pretend:1")
 os.environ["LOCAL_WORLD_SIZE"] = "2"
 device_apart(torch.device("pretend:1"))
 """

@@ -95,7 +95,7 @@ def test_the_gradient_of_real_rollouts_in_bfloat16_is_the_weighted_one(cap):
     tokens, rloo = tokens_of(samples), ALGORITHMS["rloo"](beta=0.0)
     with torch.no_grad():
         logp_old = trained.logp(tokens).logp
-    traj = trajectory(samples, tokens, torch.zeros(len(samples)), rloo, 0.0, logp_old=logp_old)
+    traj = trajectory(samples, tokens, torch.zeros(len(samples)), rloo, logp_old=logp_old)
     assert traj.logp_rollout is not None
     assert torch.equal(traj.logp_rollout, behaviour_logp(samples, tokens.mask.shape[1]))
     adv = torch.randn(tokens.mask.shape, generator=torch.Generator().manual_seed(1))

@@ -19,8 +19,8 @@ import yaml
 from forked import steersman
 from train_kit import merge, plain, recipe, rows, save_tiny, settings, weights
 
-from steersman.cli import VERBS
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS
 
 needs_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs Ray")
 MARK = "STEERSMAN_TEST_ON_RAY"

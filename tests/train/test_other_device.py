@@ -46,7 +46,7 @@ TRAINED = [
     if name not in NOT_HERE
 ]  # fmt: skip
 LOOPS = ["best-of-n", "online-dpo", "arena"]
-OTHERS = ["distill", "grpo-pair", "generate", "control", *LOOPS]
+OTHERS = ["distill", "distill-micro", "grpo-pair", "generate", "control", *LOOPS]
 ROUNDED = {"ppo-reward-model": 1e-5, "sft-kahan": 0.05, "sft-stochastic": 0.05, "sft-muon": 1e-3}
 """What is not held to 1e-9: a reward model scores in float32, and the rest computes in bfloat16."""
 MODEL = ("model/reader.py", "states")
@@ -78,10 +78,13 @@ def other_case(name: str, folder: Path, model: Path, device: str) -> dict[str, A
     if name == "generate":
         base |= {"out": str(folder / device / "said.jsonl"), "run": {"threads": 1, "device": device}}
         base["rollout"] = {"max_new_tokens": 6, "samples": 2}
-    elif name == "distill":
+    elif name.startswith("distill"):
         base |= {"teacher": {"path": str(folder / "teacher")}, "train": {"batch_size": 4, "epochs": 1}}
         base |= {"data": {"path": str(write_jsonl(folder / "rows.jsonl", rows))}}
         base["rollout"] = {"max_new_tokens": 6, "held_out": 3}
+        if name == "distill-micro":
+            base["run"] = {**run, "micro_tokens": 24}
+        return {"name": name, "verb": "distill", "recipe": base}
     elif name == "grpo-pair":
         base |= {"reward": {"parts": {"a": {"function": score}}}, "iterations": 2}
         base["model"] = {"path": str(folder / "pair"), "dtype": "float64"}
@@ -189,9 +192,10 @@ def test_an_iteration_of_ppo_waits_four_times_an_update_and_once_a_run_of_a_trun
     }, text
 
 
-def test_more_micro_batches_wait_no_more(found):
+@pytest.mark.parametrize("name", ["grpo", "distill"])
+def test_more_micro_batches_wait_no_more(name, found):
     """Micro-batches cost a run of the trunk each, and nothing else."""
-    few, many = (waits_of(found, name)[0] for name in ("grpo", "grpo-micro"))
+    few, many = (waits_of(found, one)[0] for one in (name, f"{name}-micro"))
     assert many.pop(MODEL) > few.pop(MODEL)
     assert many == few
 

@@ -91,7 +91,7 @@ def test_the_first_ratio_is_one_and_the_gradient_is_reinforces(family, temperatu
     samples = engine.generate(prompts, sampling, n=3, seed=5, record_support=True)
     assert len({len(s.ids) for s in samples}) > 1
     tokens, algorithm = tokens_of(samples), ALGORITHMS["ppo"](beta=0.0, epochs=1, minibatches=1)
-    traj = trajectory(samples, tokens, torch.zeros(len(samples)), algorithm, 0.0)
+    traj = trajectory(samples, tokens, torch.zeros(len(samples)), algorithm)
     adv = torch.where(traj.mask, torch.randn(traj.mask.shape, generator=torch.Generator().manual_seed(1)), 0.0)
     learner = Learner(
         algorithm, policy, Optimizer(policy.parameters(), OptimizerConfig(lr=1e-12), 1), temperature=temperature,

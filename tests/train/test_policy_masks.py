@@ -131,8 +131,8 @@ def test_one_update_per_iteration_by_the_own_sampler_leaves_nothing_out(base):
      ("trpo", "off_policy_threshold", 0.5), ("vespo", "clip_low", 0.1)],
 )  # fmt: skip
 def test_what_a_method_does_not_read_is_refused(name, key, value, base):
-    from steersman.cli import VERBS
     from steersman.config.load import load_recipe
+    from steersman.verb_table import VERBS
 
     words = [f"--algorithm.{key}", str(value), "--model.path", "m", "--data.path", "d"]
     with pytest.raises(SteersmanError, match=rf"algorithm\.{key}: this verb does not read it"):

@@ -16,7 +16,6 @@ from ranks_kit import launch, trained_weights
 from train_kit import merge, save_tiny
 from transformers import AutoModelForCausalLM
 
-from steersman.cli import VERBS
 from steersman.distributed.ranks import Ranks, as_one_of
 from steersman.distributed.stored import StoredTensor
 from steersman.distributed.waiting import NoStore
@@ -24,6 +23,7 @@ from steersman.run.files import checkpoint
 from steersman.run.files.checkpoint import Checkpointer
 from steersman.train.session import Session
 from steersman.types import SteersmanError
+from steersman.verb_table import VERBS
 
 WORDS = ["yes it is.", "no", "a cat, a dog", "ok", "look there", "e", "so she said", "hm", "what?"]
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -29,6 +29,7 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo-ahead": ("grpo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 1}),
     "dapo-ahead": ("dapo", {"rollout.engine": "process", "rollout.timeout": 200, "rollout.ahead": 2}),
     "grpo-curriculum": ("grpo", {"curriculum": {"right_from": 0.25}, "iterations": 4}),
+    "a2po-several": ("a2po", {"algorithm.value_samples": 3, "algorithm.minibatches": 2, "algorithm.beta": 0.1}),
     "rloo-stop": ("rloo", {"stop": {"judge": "score"}, "iterations": 12, "optimizer.lr": 0.03, "run.eval_every": 1}),
     "dapo-masks": (
         "dapo",

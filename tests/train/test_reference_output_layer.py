@@ -18,7 +18,7 @@ from steersman.model import LoraConfig, Policy
 from steersman.objectives.preference import PairObjective
 from steersman.objectives.preference_config import PairLossConfig
 from steersman.setup.reference import AdaptersOff
-from steersman.train.held_prompts import HeldPrompts
+from steersman.train.reference_looks import ReferenceLooks
 from steersman.train.tally import Tally
 from steersman.types import Tokens
 from steersman.verbs.preference import PreferenceRecipe, run
@@ -82,13 +82,13 @@ def test_a_teacher_that_is_the_start_is_the_frozen_copy(policy_and_start):
 
 def test_the_logged_kl_is_that_of_the_saved_model_to_the_start(tmp_path, monkeypatch):
     """A run of dpo: held_out/kl of its last look, from the two folders and the answers that it sampled."""
-    answers, distance = [], HeldPrompts._distance
+    answers, distance = [], ReferenceLooks._distance
 
     def watched(self, samples):
         answers[:] = [(s.prompt.ids, s.ids) for s in samples]
         return distance(self, samples)
 
-    monkeypatch.setattr(HeldPrompts, "_distance", watched)
+    monkeypatch.setattr(ReferenceLooks, "_distance", watched)
     pairs = [{"prompt": w, "chosen": "aaa", "rejected": "zzz"} for w in WORDS]
     recipe = {
         "model": {"path": str(save_mini(tmp_path / "m")), "lora": {"r": 2, "train_whole": ["lm_head"]}},

@@ -45,7 +45,7 @@ def test_the_bootstrap_covers_and_clusters_widen_it():
 
 def test_calibration_by_hand():
     said, outcome = np.array([0.55, 0.58, 0.95, 0.97]), np.array([1.0, 0.0, 1.0, 1.0])
-    found = calibration(said, outcome, low=0.5, bins=5)
+    found = calibration(said, outcome, low=0.5)
     assert found.count == [2, 2]
     assert found.ece == pytest.approx((2 * abs(0.565 - 0.5) + 2 * abs(0.96 - 1)) / 4)
     assert calibration(np.array([1.0]), np.array([1.0])).ece == 0

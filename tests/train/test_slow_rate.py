@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from letter_models import write_jsonl
 
-from steersman import cli
+from steersman import cli, verb_table
 from steersman.config.load import load_recipe
 from steersman.flywheel.stages import refresh_values
 from steersman.model import LoraConfig, load_policy, load_scalar, save
@@ -71,7 +71,7 @@ MORE["distill"] = ["--teacher.path", "t"]
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "trpo"])
 def test_the_default_rate_goes_by_what_is_trained(verb):
-    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    model: Any = verb_table.VERBS[verb].recipe_class(None, [])
     words = ["--model.path", "m", "--data.path", "d", "--optimizer.beta2", "0.99", *MORE.get(verb, [])]
     whole = load_recipe(model, None, words)
     lora = load_recipe(model, None, [*words, "--model.lora", "{}"])
@@ -84,7 +84,7 @@ def test_the_default_rate_goes_by_what_is_trained(verb):
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_folder_of_adapters_is_trained_as_what_it_is(verb, adapters, judge):
     """The recipe then has them as `model.lora`, so that all that asks whether adapters are trained knows it."""
-    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    model: Any = verb_table.VERBS[verb].recipe_class(None, [])
     path = judge if verb == "reward" else adapters
     words = ["--model.path", path, "--data.path", "d", *MORE.get(verb, [])]
     recipe = load_recipe(model, None, words)
@@ -97,7 +97,7 @@ def test_a_folder_of_adapters_is_trained_as_what_it_is(verb, adapters, judge):
 
 def test_a_reward_model_of_adapters_is_evaluated_without_training_them(judge):
     words = ["--model.path", judge, "--data.path", "d", "--stage", "evaluate"]
-    recipe: Any = load_recipe(cli.VERBS["reward"].recipe_class(None, []), None, words)
+    recipe: Any = load_recipe(verb_table.VERBS["reward"].recipe_class(None, []), None, words)
     assert recipe.model.lora is None
 
 
@@ -105,13 +105,13 @@ def test_a_reward_model_of_adapters_is_evaluated_without_training_them(judge):
 def test_settings_of_adapters_that_can_not_be_read_are_left_to_loading(broken, tmp_path):
     (tmp_path / "adapter_config.json").write_text(broken)
     words = ["--model.path", str(tmp_path), "--data.path", "d"]
-    recipe: Any = load_recipe(cli.VERBS["sft"].recipe_class(None, []), None, words)
+    recipe: Any = load_recipe(verb_table.VERBS["sft"].recipe_class(None, []), None, words)
     assert recipe.model.lora is None
 
 
 def test_a_method_without_gradient_steps_has_no_rate():
     words = ["--model.path", "m", "--data.path", "d", *MORE["trpo"], "--model.lora", "{}"]
-    recipe: Any = load_recipe(cli.VERBS["trpo"].recipe_class(None, []), None, words)
+    recipe: Any = load_recipe(verb_table.VERBS["trpo"].recipe_class(None, []), None, words)
     assert recipe.optimizer == type(recipe.optimizer)()
 
 
@@ -139,7 +139,7 @@ JUDGED = ["--data.path", "d", "--judge.reward", "{l: {builtin: length}}"]
     ],
 )  # fmt: skip
 def test_the_default_rates_of_a_loop_go_by_what_is_trained(verb, words, rates, adapters):
-    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    model: Any = verb_table.VERBS[verb].recipe_class(None, [])
     whole = load_recipe(model, None, ["--model.path", "m", *words]).model_dump()
     lora = load_recipe(model, None, ["--model.path", "m", *words, "--model.lora", "{}"]).model_dump()
     saved = load_recipe(model, None, ["--model.path", adapters, *words]).model_dump()
@@ -153,7 +153,7 @@ def test_the_default_rates_of_a_loop_go_by_what_is_trained(verb, words, rates, a
 
 
 def test_a_judge_of_adapters_is_refreshed_as_adapters(judge):
-    recipe_class: Any = cli.VERBS["best-of-n"].recipe_class(None, [])
+    recipe_class: Any = verb_table.VERBS["best-of-n"].recipe_class(None, [])
     words = ["--model.path", "m", "--data.path", "d", "--judge.reward", f"{{l: {{model: {judge}}}}}"]
     words += ["--watch", "{g: {builtin: length}}", "--refresh.by", "g"]
     recipe = load_recipe(recipe_class, None, words)
@@ -168,7 +168,7 @@ def test_a_judge_of_adapters_is_refreshed_as_adapters(judge):
 @pytest.mark.parametrize("stages", ["5", "null", "[x]", "[{}]"])
 @pytest.mark.parametrize(("verb", "key"), [("arena", "stages"), ("feedback", "then"), ("wheel", "then")])
 def test_stages_that_are_none_are_refused_by_their_key(verb, key, stages):
-    model: Any = cli.VERBS[verb].recipe_class(None, [])
+    model: Any = verb_table.VERBS[verb].recipe_class(None, [])
     with pytest.raises(SteersmanError, match=rf"{key}(\.0)?: .* was given; allowed: "):
         load_recipe(model, None, ["--model.path", "m", "--model.lora", "{}", f"--{key}", stages])
 

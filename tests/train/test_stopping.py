@@ -73,7 +73,7 @@ def test_a_run_that_was_killed_ends_where_it_would_have(judged, tmp_path, monkey
     rl.run(recipe("rloo", judged))
     cut = merge(judged, {"run.dir": str(tmp_path / "cut")})
     with monkeypatch.context() as patch:
-        patch.setattr("steersman.verbs.rl.HeldOut.look", broken_after(2))
+        patch.setattr("steersman.verbs.rl.RewardLooks.look", broken_after(2))
         with pytest.raises(KeyboardInterrupt):
             rl.run(recipe("rloo", cut))
     rl.run(recipe("rloo", cut), resume=True)
@@ -84,7 +84,7 @@ def test_a_run_that_was_killed_ends_where_it_would_have(judged, tmp_path, monkey
 
 
 def broken_after(calls):
-    real, left = rl.HeldOut.look, [calls]
+    real, left = rl.RewardLooks.look, [calls]
 
     def look(self, session, step):
         left[0] -= 1

@@ -20,7 +20,7 @@ from steersman.tabular.token_mdp import TokenMDP
 from steersman.train.on_policy import OnPolicy
 from steersman.train.roles import build_roles
 from steersman.types import Prompt, Sample
-from steersman.verbs.rl import HeldOut
+from steersman.verbs.rl import RewardLooks
 
 ENDS = [2, 5]
 CUTS = {
@@ -64,7 +64,7 @@ def test_kl_and_perplexity_of_a_truncated_policy_beside_itself_whole(cut):
 
     asked: Any = SimpleNamespace(rollout=SimpleNamespace(temperature=1.0))
     roles: Any = SimpleNamespace(reference=policy, device=policy.device)
-    found = HeldOut(roles, [], asked)._distance(roles.reference, samples)
+    found = RewardLooks(roles, [], asked)._distance(roles.reference, samples)
     assert found["held_out/kl"] == pytest.approx(kl, rel=1e-4)
     assert found["held_out/perplexity"] == pytest.approx(perplexity, rel=1e-4)
 

@@ -117,7 +117,7 @@ def test_through_a_transformer(name):
     assert (found.shipped < 1e-8) == (ALGORITHMS[name].bias == "")
 
 
-@pytest.mark.parametrize("name", ["reinforce", "reinforce-baseline", "rloo", "remax", "a2c"])
+@pytest.mark.parametrize("name", ["reinforce", "reinforce-baseline", "rloo", "remax", "a2c", "a2po"])
 def test_unbiased_over_several_prompts(name):
     mdp = TokenMDP.random(3, 2, 0.5, seed=5, prompts=2, per_token=True, cut="terminate")
     logits = torch.sin(torch.arange(mdp.next_state.numel(), dtype=torch.float64)).reshape(mdp.next_state.shape)
@@ -170,7 +170,7 @@ def shipped_gradient(algorithm: Algorithm, mdp: TokenMDP, logits: torch.Tensor) 
     return float(found.abs().max())
 
 
-@pytest.mark.parametrize("name", ["reinforce", "reinforce-baseline", "a2c", "rloo", "remax", *GROUPS])
+@pytest.mark.parametrize("name", ["reinforce", "reinforce-baseline", "a2c", "rloo", "remax", "a2po", *GROUPS])
 def test_the_optimum_is_a_place_of_rest(name):
     """However the advantages are scaled and averaged, at pi* there is nothing to compare."""
     mdp = TokenMDP.random(3, 2, 0.5, seed=6)
@@ -246,6 +246,9 @@ def transcription(name: str, a: Algorithm, ratio: list[float], logp: list[float]
         elif name == "vespo":
             whole, (k, lam) = math.prod(ratio), (2.0, 3.0) if adv > 0 else (3.0, 2.0)
             out.append(-(whole**k) * math.exp(lam * (1 - whole)) * adv * lp)
+        elif name == "a2po":
+            reference = [x - 0.3 for x in logp]
+            out.append((0.2 * (sum(logp) - sum(reference)) - adv) ** 2)
         elif name == "ppo-kl":
             out.append(-rho * adv + 1.0 * (rho - 1 - torch.tensor(rho).log().item()))
         else:
@@ -261,9 +264,9 @@ def test_losses_away_from_the_policy_that_sampled(name, adv):
         logp = torch.tensor([-1.0, -0.3, -2.2, -0.9, -0.1])
         ratio = torch.tensor([0.5, 0.9, 1.25, 7.0, 1.1])
         mask = torch.ones(1, 5, dtype=torch.bool)
-        traj = Trajectory(mask, torch.zeros(1, 5), torch.ones(1, 5), (logp - ratio.log())[None])
+        traj = Trajectory(mask, torch.zeros(1, 5), torch.ones(1, 5), (logp - ratio.log())[None], logp[None] - 0.3)
         algorithm = ALGORITHMS[name]()
-        found = algorithm.loss(logp[None], traj, torch.full((1, 5), adv), Coefficients(beta_old=1.0))
+        found = algorithm.loss(logp[None], traj, torch.full((1, 5), adv), Coefficients(0.2, beta_old=1.0))
         expected = transcription(name, algorithm, ratio.tolist(), logp.tolist(), adv)
         torch.testing.assert_close(found[0], torch.tensor(expected))
     finally:

@@ -13,7 +13,7 @@ from steersman.algorithms import ALGORITHMS
 from steersman.control.envs import Worlds
 from steersman.control.experience import collect_episodes
 from steersman.tabular.token_mdp import TokenMDP
-from steersman.train.experience import tokens_of, trajectory
+from steersman.train.experience import EpisodeRules, tokens_of, trajectory
 from steersman.types import Prompt, Sample, Trajectory
 
 MDP = TokenMDP.random(3, 3, seed=9, per_token=True)
@@ -94,7 +94,7 @@ def written(actions: torch.Tensor, lengths: torch.Tensor, cut: str, per_step: bo
     score = per_token.sum(-1) if per_token is not None else torch.tensor([s for _, s in steps])
     value = CRITIC[torch.tensor(paths)][:, : T + 1]
     algorithm = ALGORITHMS[name](gamma=GAMMA)
-    found = trajectory(samples, tokens, score, algorithm, 0.0, per_token=per_token, cut=cut)
+    found = trajectory(samples, tokens, score, algorithm, per_token=per_token, rules=EpisodeRules(cut))
     found.value = value
     return found
 

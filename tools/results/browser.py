@@ -38,12 +38,12 @@ class Rater:
     """Someone at a keyboard, who prefers the story that the quickstart's judge prefers and says the opposite in
     15% of choices; with `clicks` one who does not read. All that they know is what the page shows."""
 
-    def __init__(self, browser: Browser, address: str, name: str, *, seed: object = 0, clicks: bool = False) -> None:
+    def __init__(self, browser: Browser, link: str, name: str, *, seed: object = 0, clicks: bool = False) -> None:
         self.name, self.clicks, self.rng = name, clicks, random.Random(f"{seed}/{name}")
-        self.context = browser.new_context(base_url=address)
+        self.context = browser.new_context(base_url=link)
         self.context.set_default_timeout(60_000)
         self.page = self.context.new_page()
-        self.page.goto("/")
+        self.page.goto(link)
         self.page.get_by_label("Judging as").fill(name)
         settled(self.page).get_by_role("button", name="Change name").click()
         self.page.get_by_text("To judge").first.wait_for()

@@ -48,10 +48,11 @@ TLS = False
 
 
 class Client:
-    """One person: what they are told is noted in `acknowledged`, how long it took in `seconds`."""
+    """One person, who comes by the `link` as it is then: what they are told is noted in `acknowledged`, how long it
+    took in `seconds`."""
 
-    def __init__(self, base: str, number: int, pause: float, chats: bool) -> None:
-        self.base, self.name, self.rng = base, f"person {number}", random.Random(number)
+    def __init__(self, link: str, number: int, pause: float, chats: bool) -> None:
+        self.link, self.name, self.rng = link, f"person {number}", random.Random(number)
         self.pause, self.chats = pause, chats
         self.acknowledged: list[str] = []
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -64,7 +65,9 @@ class Client:
         await asyncio.sleep(self.rng.uniform(0, self.pause))
         while time.monotonic() < until:
             try:
-                async with httpx2.AsyncClient(base_url=self.base, timeout=60, verify=TLS) as self.http:
+                async with httpx2.AsyncClient(
+                    base_url=self.link.partition("/enter/")[0], timeout=60, verify=TLS
+                ) as self.http:
                     await self.enter()
                     while time.monotonic() < until:
                         await asyncio.sleep(self.rng.expovariate(1 / self.pause) if self.pause else 0)
@@ -74,6 +77,7 @@ class Client:
                 await asyncio.sleep(0.2)
 
     async def enter(self) -> None:
+        await self.request("link", "GET", self.link)
         self.read(await self.request("page", "GET", "/"))
         await self.request("name", "POST", "/name", {"name": self.name})
         self.read(await self.request("page", "GET", "/judge/1"))
@@ -162,8 +166,8 @@ def load(out: Path, count: int, seconds: float) -> dict[str, Any]:
         old.unlink()
     fill(place)
     arguments = ["--store", place, "--model.path", str(story_model()), "--sampling.max_new_tokens", "48"]
-    with collecting(*arguments) as (address, server):
-        clients, begun = [Client(address, i, PAUSE, chats=True) for i in range(count)], cpu_seconds(server.pid)
+    with collecting(*arguments) as (link, server):
+        clients, begun = [Client(link, i, PAUSE, chats=True) for i in range(count)], cpu_seconds(server.pid)
         asyncio.run(everybody(clients, time.monotonic() + seconds))
         cpu = cpu_seconds(server.pid) - begun
     times: dict[str, list[float]] = defaultdict(list)
@@ -198,14 +202,16 @@ def kills(out: Path, wanted: int, seed: int, minutes: float) -> dict[str, Any]:
     at: list[int] = [json.loads(line)["acknowledged"] for line in record.read_text().splitlines()]
     first, until = len(at), time.monotonic() + 60 * minutes
     names = range(first * KILLED_CLIENTS, (first + 1) * KILLED_CLIENTS)  # new people, who have judged nothing yet
-    clients = [Client(f"http://127.0.0.1:{port}", i, 0.0, chats=False) for i in names]
+    clients = [Client(f"http://127.0.0.1:{port}/enter/none", i, 0.0, chats=False) for i in names]
 
     def told() -> int:
         return sum(len(client.acknowledged) for client in clients)
 
     async def kill(number: int) -> None:
         rng = random.Random(f"{seed} {number}")
-        server = await asyncio.to_thread(started, port, "--store", place)
+        link, server = await asyncio.to_thread(started, port, "--store", place)
+        for client in clients:
+            client.link = link
         before = told()
         while told() == before:
             await asyncio.sleep(0.01)

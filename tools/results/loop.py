@@ -96,17 +96,17 @@ def record(out: Path, seed: int) -> dict[str, Any]:
     start, loop, base = time.perf_counter(), Recorded(out, seed), str(story_model())
     if not (out / "stories.jsonl").exists():
         loop.queue("stories", loop.pairs(), gold_every=6)
-    with collecting("--store", loop.url) as (address, _), chromium() as browser:
+    with collecting("--store", loop.url) as (link, _), chromium() as browser:
         judged = out / "judged.json"
         if not judged.exists():
-            judged.write_text(json.dumps(first_day(browser, address, seed)))
+            judged.write_text(json.dumps(first_day(browser, link, seed)))
         told, batch, users = loop.wheel("wheel"), 0, 0
         while told["state"] != "done":
             print(told["state"], flush=True)
             # a user who has judged one pair leaves the next one open, so every pair is offered twice
             loop.queue(f"test {batch}", loop.met(read_serving(out / "wheel/serving.json"), batch), overlap=2)
             while True:
-                user = Rater(browser, address, f"user {users}", seed=seed)
+                user = Rater(browser, link, f"user {users}", seed=seed)
                 there = user.begin(f"test {batch}")
                 if there:
                     user.judge()
@@ -131,10 +131,10 @@ def record(out: Path, seed: int) -> dict[str, Any]:
     return found
 
 
-def first_day(browser: Browser, address: str, seed: int) -> dict[str, float]:
+def first_day(browser: Browser, link: str, seed: int) -> dict[str, float]:
     """All raters judge in turn until no pair is left; how many, and how long a pair took."""
     names = [(f"rater {i}", False) for i in range(RATERS)] + [(f"clicker {i}", True) for i in range(CLICKERS)]
-    raters = [Rater(browser, address, name, seed=seed, clicks=clicks) for name, clicks in names]
+    raters = [Rater(browser, link, name, seed=seed, clicks=clicks) for name, clicks in names]
     begun, count = time.perf_counter(), 0
     at_work = [rater for rater in raters if rater.begin("stories")]
     while at_work:

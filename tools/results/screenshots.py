@@ -68,12 +68,12 @@ def queues(folder: Path) -> Path:
 class Camera:
     """One rater with a desktop and a phone: `page` is the desktop's, which they work on."""
 
-    def __init__(self, browser: Browser, address: str, out: Path, **look: Any) -> None:
-        self.out, options = out, {"base_url": address, "locale": "en", **look}
+    def __init__(self, browser: Browser, link: str, out: Path, **look: Any) -> None:
+        self.out, options = out, {"base_url": link, "locale": "en", **look}
         first = browser.new_context(**options, **DEVICES["desktop"])
         first.set_default_timeout(60_000)
         self.page = first.new_page()
-        self.page.goto("/")
+        self.page.goto(link)
         second = browser.new_context(**options, **DEVICES["phone"], storage_state=first.storage_state())
         second.set_default_timeout(60_000)
         self.phone = second.new_page()
@@ -155,13 +155,13 @@ def main() -> None:
         short_run(folder / "runs" / "grpo")
         arguments = [str(queues(folder)), "--model.path", str(story_model()), "--runs", str(folder / "runs")]
         with (
-            collecting(*arguments, "--sampling.max_new_tokens", "48") as (address, _),
+            collecting(*arguments, "--sampling.max_new_tokens", "48") as (link, _),
             chromium() as browser,
         ):
-            camera = Camera(browser, address, args.out)
+            camera = Camera(browser, link, args.out)
             judge_twenty(camera)
             others(camera, "runs/grpo")
-            in_chinese(Camera(browser, address, args.out, **CHINESE))
+            in_chinese(Camera(browser, link, args.out, **CHINESE))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 import steersman
-from steersman.cli import VERBS, Verb
 from steersman.config.help import default_text
 from steersman.config.recipe_text import type_text
 from steersman.config.sections import Section, section_of
+from steersman.verb_table import VERBS, Verb
 
 PACKAGE = Path(steersman.__file__).parent
 ABOVE_ROOMS = ["api", "types", "atomic", "extras"]

@@ -1,6 +1,7 @@
 """Every on-policy algorithm by name."""
 
 from steersman.algorithms.a2c import A2C
+from steersman.algorithms.a2po import AStarPO
 from steersman.algorithms.base import Algorithm, Coefficients
 from steersman.algorithms.cispo import CISPO
 from steersman.algorithms.clip_cov import ClipCov
@@ -36,7 +37,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     for algorithm in (
         REINFORCE, REINFORCEBaseline, REINFORCEPlusPlus, RLOO, ReMax, A2C, TRPO, PPO, PPOKL, NLPO,
         VCPPO, VAPO, GRPO, DrGRPO, DAPO, GSPO, CISPO, REINFORCEPlusPlusBaseline, GMPO, SAPO, DPPO, GPG, GDPO, GFPO,
-        ClipCov, KLCov, PassAtK, LUSPO, VESPO,
+        ClipCov, KLCov, PassAtK, LUSPO, VESPO, AStarPO,
     )
 }  # fmt: skip
 

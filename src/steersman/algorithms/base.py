@@ -34,6 +34,17 @@ class SamplingMask(NamedTuple):
     every: int
 
 
+class OptimalValue(NamedTuple):
+    """V*(x) = beta log mean exp(r / beta) over `samples` responses of the reference to each prompt, before training.
+
+    Prompts of which no response scores above `solved_above` are left out; None keeps all.
+    """
+
+    beta: float
+    samples: int
+    solved_above: float | None
+
+
 class TrustRegion(NamedTuple):
     """One step inside the ball KL(old || new) <= max_kl; see `steersman.update.natural.trust_region_step`."""
 
@@ -57,7 +68,9 @@ class Algorithm(Section):
     critic: ClassVar[bool] = False
     group: ClassVar[bool] = False
     """Compares the samples of one prompt, so needs at least two of them."""
-    baseline: ClassVar[Literal["none", "greedy", "moving"]] = "none"
+    baseline: ClassVar[Literal["none", "greedy", "moving", "optimal"]] = "none"
+    """What a row is compared with: nothing, the greedy response's score, a moving mean, V* (`optimal_value` says how
+    it is estimated)."""
     update: ClassVar[Literal["gradient", "trust_region"]] = "gradient"
     """How the actor moves; `trust_region()` says where."""
     masks: ClassVar[bool] = False
@@ -124,6 +137,14 @@ class Algorithm(Section):
     def sampling_mask(self) -> SamplingMask | None:
         """What limits the actions while sampling and in the loss; None where nothing does."""
         return None
+
+    def optimal_value(self) -> OptimalValue | None:
+        """What must be known of every prompt before training; None where nothing must."""
+        return None
+
+    def gradient_scale(self) -> float:
+        """The fixed number that the exact gradient is multiplied with because of how the loss is written."""
+        return 1.0
 
     def trust_region(self) -> TrustRegion | None:
         """The ball that the actor's one step stays in; None where the actor learns by gradient steps."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_origin
 
+from steersman.config.no_secrets import without_secrets
 from steersman.config.peer_names import peer_hint
 from steersman.config.recipe_text import suggestion, type_text
 from steersman.config.sections import Section, items_of, section_of, walk_keys
@@ -65,7 +66,7 @@ def value_problem(model: type[Section], error: dict[str, Any], from_command: set
         return f"{where}: missing{meaning}; set it in the recipe or with --{key} VALUE"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
-    given = repr(error["input"])
+    given = without_secrets(repr(error["input"]))
     given = given if len(given) <= 80 else given[:77] + "..."
     info = known.get(key)
     allowed = type_text(info.annotation, info.metadata) if info is not None else _allowed(error)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from steersman.config.no_secrets import require_no_secrets
 
 
 class Section(BaseModel):
@@ -24,7 +26,13 @@ class Section(BaseModel):
         allow_inf_nan=False,
         coerce_numbers_to_str=True,
         protected_namespaces=(),
+        hide_input_in_errors=True,  # it may be an address with a password
     )
+
+    @model_validator(mode="after")
+    def _holds_no_secrets(self) -> Self:
+        require_no_secrets(dict(self))
+        return self
 
     @classmethod
     def unread_keys(cls) -> frozenset[str]:

@@ -29,7 +29,7 @@ KEPT = ("obs", "next_obs", "action", "reward", "discount")
 
 
 class Replay:
-    """The last `size` transitions, overwritten in the order they came."""
+    """The last `size` transitions, overwritten in the order they came, of all copies alike."""
 
     def __init__(self, size: int, obs_size: int) -> None:
         self.size, self.next, self.count = size, 0, 0
@@ -38,14 +38,15 @@ class Replay:
         self.reward, self.discount = torch.zeros(size), torch.zeros(size)
 
     def add(self, seen: Experience, gamma: float, reward_scale: float) -> None:
-        """Every step of the experience as (s, a, r, gamma * (1 - terminated), s')."""
+        """Every step of the experience as (s, a, r, gamma * (1 - terminated), s'), or the last `size` of them."""
         mask = seen.mask
-        steps = int(mask.sum())
-        place = (self.next + torch.arange(steps)) % self.size
-        self.obs[place], self.next_obs[place] = seen.obs[:, :-1][mask], seen.obs[:, 1:][mask]
-        self.action[place], self.reward[place] = seen.action[mask], seen.reward[mask] * reward_scale
-        self.discount[place] = seen.discount(gamma)[mask]
-        self.next, self.count = (self.next + steps) % self.size, min(self.count + steps, self.size)
+        taken = (seen.begun[:, None] + torch.arange(mask.shape[1]))[mask]
+        last = taken.argsort(stable=True)[-self.size :]
+        place = (self.next + torch.arange(len(last))) % self.size
+        self.obs[place], self.next_obs[place] = seen.obs[:, :-1][mask][last], seen.obs[:, 1:][mask][last]
+        self.action[place], self.reward[place] = seen.action[mask][last], seen.reward[mask][last] * reward_scale
+        self.discount[place] = seen.discount(gamma)[mask][last]
+        self.next, self.count = (self.next + len(last)) % self.size, min(self.count + len(last), self.size)
 
     def sample(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(s, a, r, discount, s') of `batch` transitions drawn evenly, with replacement."""

@@ -71,6 +71,9 @@ class Worlds:
     Observations come out as float32 [N, D]: boxes flattened, discrete ones one-hot. Continuous actions are taken in
     units of the action box, -1 to 1, and clipped to it; where the box has no bounds, as they are.
 
+    `returns` and `steps` are of the episodes under way. `own_limit` is the most steps of an episode that the
+    environment names, None where it names none; `time_limit` is then taken to be 1000.
+
     Raises SteersmanError for observation or action spaces that no method here takes, and for steps as `Checked` does.
     """
 
@@ -85,10 +88,11 @@ class Worlds:
         self.obs_size = observation_size(self.observation_space)
         self.actions = action_size(self.action_space)
         spec = self.vector.envs[0].spec
-        self.time_limit = (spec.max_episode_steps if spec is not None else None) or 1000
+        self.own_limit = None if spec is None else spec.max_episode_steps
+        self.time_limit = self.own_limit or 1000
         self.episode = [-1] * count
         self.history: list[list[np.ndarray]] = [[] for _ in range(count)]
-        self.returns = np.zeros(count)
+        self.returns, self.steps = np.zeros(count), np.zeros(count, dtype=np.int64)
         self.obs = self.begin(np.ones(count, dtype=bool))
 
     def begin(self, which: np.ndarray) -> Tensor:
@@ -97,7 +101,7 @@ class Worlds:
             return self.obs
         for i in np.flatnonzero(which):
             self.episode[i] += 1
-            self.history[i], self.returns[i] = [], 0.0
+            self.history[i], self.returns[i], self.steps[i] = [], 0.0, 0
         raw, _ = self.vector.reset(
             seed=[self._seed(i) for i in range(self.count)], options={"reset_mask": which.copy()}
         )
@@ -111,6 +115,7 @@ class Worlds:
         for i, history in enumerate(self.history):
             history.append(given[i])
         self.returns += reward
+        self.steps += 1
         self.obs = self._flat(raw)
         return self.obs, reward, terminated, truncated & ~terminated
 
@@ -130,6 +135,7 @@ class Worlds:
                 raw, reward, *_ = env.step(action)
                 self.history[i].append(action)
                 self.returns[i] += float(reward)
+                self.steps[i] += 1
                 obs[i] = self._flat(np.asarray(raw)[None])[0]
         self.obs = obs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,9 @@ from steersman.control.envs import Worlds
 from steersman.types import SteersmanError
 
 LONGEST = 100_000
-"""An episode that is to be played to its end may not be longer than this many steps."""
+"""An episode that is to be learned from whole may not be longer than this many steps."""
+CUT = 10_000
+"""Steps after which an episode that is only looked at is cut, where the environment names no limit of its own."""
 
 Act = Callable[[Tensor], Tensor]
 """Observations [N, D] to actions [N] or [N, A], in the policy's own units."""
@@ -27,13 +29,15 @@ class Experience:
     `obs` has one column more than there are steps: the column at a row's length is the observation after its last
     step. `terminated` [B] says that the row's last step ended its episode; a row that a time limit or the end of
     the collection cut is not terminated. `returns` and `lengths` are of the episodes that ended, in the rewards
-    that the environment gave, whole, also where their earlier steps lie in earlier experience.
+    that the environment gave, whole, also where their earlier steps lie in earlier experience. `begun` [B] says at
+    which step of the collection a row begins: step t of row b was taken at begun[b] + t, in all copies at once.
     """
 
     obs: Float[Tensor, "B T+1 D"]
     action: Tensor
     reward: Float[Tensor, "B T"]
     length: Int[Tensor, " B"]
+    begun: Int[Tensor, " B"]
     terminated: Bool[Tensor, " B"]
     returns: list[float]
     lengths: list[int]
@@ -61,23 +65,84 @@ def collect_episodes(worlds: Worlds, act: Act, episodes: int) -> Experience:
 
     Every episode that is begun is played to its end, so short ones are not drawn more often than long ones. Copies
     with nothing left to begin go on, unrecorded, until the last one is done.
+
+    Raises SteersmanError for an episode of more than `LONGEST` steps.
     """
-    worlds.begin(np.array([len(history) > 0 for history in worlds.history]))
     tape = _Tape(worlds)
-    tape.live[episodes:] = False
-    begun, taken = min(worlds.count, episodes), 0
-    while tape.live.any():
+
+    def step(live: np.ndarray) -> np.ndarray:
+        tape.live = live
         ended = tape.step(act)
-        for i in np.flatnonzero(ended & tape.live):
-            tape.live[i] = begun < episodes
-            begun += int(tape.live[i])
-        taken += 1
-        if taken > LONGEST * episodes:
+        if (live & (worlds.steps >= LONGEST)).any():
             raise SteersmanError(
-                f"episodes have no end in {LONGEST} steps, and this method needs whole ones; give the environment a "
-                "limit with --env_options.max_episode_steps"
+                f"an episode has no end after {LONGEST:,} steps, and rollout.episodes asks for whole ones; set it to "
+                "null if the method has a critic, or give the environment a limit (--env_options.max_episode_steps; "
+                "an environment of your own has to say truncated)"
             )
+        return ended
+
+    _play(worlds, episodes, step)
     return tape.experience()
+
+
+@dataclass(slots=True)
+class Played:
+    """What is kept of episodes that nothing learns from: of each its return, in the rewards that the environment
+    gave, and its steps. `cut` of them had no end when they were cut, and count as far as they went."""
+
+    returns: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    cut: int = 0
+
+
+def play_episodes(worlds: Worlds, act: Act, episodes: int, stopping: Callable[[], bool]) -> Played | None:
+    """Exactly `episodes` episodes, all begun here, as `collect_episodes` chooses them; None once `stopping` says so.
+
+    An episode that has not ended after `longest(worlds)` steps is cut there.
+    """
+    played, limit = Played(), longest(worlds)
+
+    def step(live: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            _, _, terminated, truncated = worlds.step(act(worlds.obs))
+        ended = terminated | truncated
+        over = ended | (worlds.steps >= limit)
+        for i in np.flatnonzero(over & live):
+            played.returns.append(float(worlds.returns[i]))
+            played.lengths.append(int(worlds.steps[i]))
+            played.cut += int(not ended[i])
+        worlds.begin(over)
+        return over
+
+    return played if _play(worlds, episodes, step, stopping) else None
+
+
+def longest(worlds: Worlds) -> int:
+    """The most steps of an episode that is looked at."""
+    return worlds.own_limit or CUT
+
+
+def _play(
+    worlds: Worlds,
+    episodes: int,
+    step: Callable[[np.ndarray], np.ndarray],
+    stopping: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Has `step` called until `episodes` episodes, begun here, are over; False where `stopping` ended it before.
+
+    `step` is given the copies whose episodes count, and says in which copies one is over.
+    """
+    worlds.begin(worlds.steps > 0)
+    live = np.arange(worlds.count) < episodes
+    begun = int(live.sum())
+    while live.any():
+        if stopping():
+            return False
+        over = step(live)
+        for i in np.flatnonzero(over & live):
+            live[i] = begun < episodes
+            begun += int(live[i])
+    return True
 
 
 class _Tape:
@@ -98,7 +163,7 @@ class _Tape:
         self.frames.append((obs, action.cpu(), after, reward, terminated, ended, self.live.copy()))
         for i in np.flatnonzero(ended & self.live):
             self.returns.append(float(worlds.returns[i]))
-            self.lengths.append(len(worlds.history[i]))
+            self.lengths.append(int(worlds.steps[i]))
         if ended.any():
             worlds.begin(ended)
         return ended
@@ -115,6 +180,7 @@ class _Tape:
             action=torch.zeros(B, T, *action.shape[2:], dtype=action.dtype),
             reward=torch.zeros(B, T),
             length=torch.tensor([stop - start for _, start, stop in rows]),
+            begun=torch.tensor([start for _, start, _ in rows]),
             terminated=torch.stack([over[stop - 1, i] for i, _, stop in rows]),
             returns=self.returns,
             lengths=self.lengths,

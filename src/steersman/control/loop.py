@@ -19,6 +19,7 @@ from steersman.run.seed import stream
 from steersman.types import Stats, Trajectory
 from steersman.update.kl_controller import KLCoefficients
 from steersman.update.optimizer import Optimizer
+from steersman.update.returned import advantage_of
 
 
 class ControlLoop:
@@ -37,7 +38,7 @@ class ControlLoop:
         """One pass through the loop."""
         seen = self.collect(stream(self.recipe.run.seed, "actions", self.done))
         obs, action, traj = self.experience(seen)
-        advantage = self.algorithm.advantage(traj)
+        advantage = advantage_of(self.algorithm, traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.learner.update(obs, action, traj, advantage, self.coefficients.current(), order)
         return stats | self.observe(seen, traj, advantage.ret, stats)

@@ -11,7 +11,7 @@ import math
 import torch
 from gymnasium import spaces
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
@@ -21,7 +21,7 @@ from steersman.config.sections import Section
 class NetworkConfig(Section):
     """The shape of the perceptrons; policy and critic share no weights."""
 
-    hidden: list[int] = Field(default=[64, 64], min_length=1, description="widths of the hidden layers")
+    hidden: list[PositiveInt] = Field(default=[64, 64], min_length=1, description="widths of the hidden layers")
     activation: str = Field(default="tanh", pattern="^(tanh|relu)$", description="tanh or relu")
     log_std: float = Field(default=0.0, description="initial log of the standard deviation of continuous actions")
 

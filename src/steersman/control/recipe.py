@@ -165,6 +165,17 @@ class ControlRecipe(Section):
                 f"settings.learning_starts is {settings.learning_starts}, and the run has {steps} steps (iterations "
                 "x rollout.copies x rollout.steps), so nothing would be learned; lower it, or give more iterations"
             )
+        least = {
+            "a collection": (self.rollout.copies * self.rollout.steps, "rollout.copies x rollout.steps"),
+            "a batch": (settings.batch, "settings.batch"),
+            "what is there at the first update": (settings.learning_starts, "settings.learning_starts"),
+        }
+        for what, (count, keys) in least.items():
+            if settings.replay < count:
+                raise ValueError(
+                    f"settings.replay is {settings.replay:,}, and {what} has {count:,} transitions ({keys}), which "
+                    f"it could not hold; raise it to {count:,} at least, or lower the other"
+                )
 
 
 def refusal(algorithm: type[Algorithm]) -> str | None:
@@ -173,6 +184,8 @@ def refusal(algorithm: type[Algorithm]) -> str | None:
         return "compares several answers to one prompt, and an environment asks no question twice"
     if algorithm.baseline == "greedy":
         return "needs the greedy answer to the same prompt as its baseline, and no two episodes begin alike"
+    if algorithm.baseline == "optimal":
+        return "needs a reference, and its answers to each prompt before training"
     if algorithm.masks:
         return "masks the unlikely part of a vocabulary; an action space has none to spare"
     return None

@@ -16,10 +16,12 @@ from steersman.control.curve import learning_curves
 from steersman.control.dqn import DQN
 from steersman.control.envs import Worlds, maker
 from steersman.control.evaluate import Video, evaluate
+from steersman.control.experience import longest
 from steersman.control.loop import ControlLoop
 from steersman.control.recipe import TABULAR, ControlRecipe
 from steersman.control.tabular import Tabular
 from steersman.run.device import device_text
+from steersman.run.files.ledger import StoppedError
 from steersman.run.preflight import Preflight
 from steersman.train.session import Session
 from steersman.types import Stats, SteersmanError
@@ -35,8 +37,9 @@ def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
     with session:
         state = None if recipe.algorithm in TABULAR else build(recipe, make, session.device)
         video = None if recipe.video is None else Video(recipe, Path(recipe.video))
-        numbers = _tables(session, recipe, make) if state is None else _networks(session, recipe, make, state)
-        if session.stopped:
+        try:
+            numbers = _tables(session, recipe, make) if state is None else _networks(session, recipe, make, state)
+        except StoppedError:
             return session.summary({})
         if any("reward/return" in row for row in session.metrics()):
             learning_curves({recipe.algorithm: [session.path]}, session.path / "curve.png")
@@ -44,7 +47,7 @@ def run(recipe: ControlRecipe, *, resume: bool = False) -> dict[str, Any]:
         session.log.note(f"{recipe.env}, {recipe.algorithm}: {told}")
         summary = session.summary(numbers)
         if state is not None and video is not None:
-            session.log.note(f"video: {recipe.video}, {video.record(state)} frames")
+            session.log.note(f"video: {recipe.video}, {video.record(state, lambda: bool(session.signal))}")
         return summary
 
 
@@ -77,23 +80,49 @@ def _networks(
     for step in session.steps():
         stats = state.iteration()
         if step % recipe.run.eval_every == 0:
-            stats |= evaluate(state, make, recipe, recipe.evaluation.during)
+            stats |= _look(session, recipe, make, state, recipe.evaluation.during)
         session.observe(step, stats)
     state.worlds.close()
     if session.stopped:
-        return {}
+        raise StoppedError
     buffer = io.BytesIO()
     torch.save(state.networks(), buffer)
     write_atomic(session.path / "policy.pt", buffer.getvalue())
-    return evaluate(state, make, recipe, recipe.evaluation.episodes) | {"env_steps": float(state.env_steps)}
+    numbers = _look(session, recipe, make, state, recipe.evaluation.episodes)
+    if not numbers:
+        session.check("after the last step")
+    return numbers | {"env_steps": float(state.env_steps)}
+
+
+def _look(
+    session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env], state: ControlLoop | DQN, episodes: int
+) -> Stats:
+    """What the policy is worth now; no numbers where a signal asks to stop meanwhile."""
+    found = evaluate(state, make, recipe, episodes, stopping=lambda: bool(session.signal))
+    if not found:
+        session.log.note(f"the look after step {session.step} was left out: a signal asked to stop", style="yellow")
+    elif found["held_out/cut"] > 0:
+        session.log.note(
+            f"the look after step {session.step}: {found['held_out/cut']:.0%} of {episodes} episodes had no end and "
+            f"were cut; their return is that of their first {_longest(state.worlds)}",
+            style="yellow",
+        )
+    return found
+
+
+def _longest(worlds: Worlds) -> str:
+    whose = ", since the environment names no limit" if worlds.own_limit is None else ", the environment's limit"
+    return f"{longest(worlds):,} steps{whose}"
 
 
 def _tables(session: Session, recipe: ControlRecipe, make: Callable[[], gym.Env]) -> Stats:
     state = Tabular(recipe, make())
     session.begin(state, state.rows)
-    state.learn()
+    state.learn(lambda: session.check() if session.signal else None)
     for step in session.steps():
         session.observe(step, state.row(step))
+    if session.stopped:
+        raise StoppedError
     return state.against_optimum(session.log.note)
 
 
@@ -104,6 +133,7 @@ def _preflight(session: Session, recipe: ControlRecipe, state: ControlLoop | DQN
     pre.fact("device", device_text(session.device, torch.float32))
     pre.fact("observations", str(worlds.observation_space))
     pre.fact("actions", str(worlds.action_space))
+    pre.fact("longest episode of a look", _longest(worlds))
     what = f"{rollout.steps} steps" if rollout.episodes is None else f"{rollout.episodes} whole episodes"
     per = f"{what} of {rollout.copies} copies" if rollout.episodes is None else f"{what} on {rollout.copies} copies"
     pre.fact("per iteration", per)

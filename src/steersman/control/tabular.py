@@ -29,7 +29,8 @@ class Tabular:
         self.rows = min(recipe.iterations, self.settings.episodes)
         self.learned: Learned | None = None
 
-    def learn(self) -> None:
+    def learn(self, check: Callable[[], None]) -> None:
+        """All episodes. `check` is called after every step, and ends the learning by what it raises."""
         settings, recipe = self.settings, self.recipe
         method: Any = recipe.algorithm
         self.learned = learn(
@@ -41,6 +42,7 @@ class Tabular:
             epsilon=linear(settings.epsilon_start, settings.epsilon_end, max(settings.episodes // 2, 1)),
             seed=sub_seed(recipe.run.seed, "tabular") % 2**31,
             initial=settings.initial,
+            check=check,
         )
 
     def row(self, step: int) -> Stats:

@@ -27,6 +27,7 @@ from steersman.data.shapes import Format
 
 _SPEAKERS = {"user": "user", "agent": "assistant", "api": "tool"}
 _RATED = re.compile(r"[^\t\n]+\t-?\d+(\.\d+)?\t[^\t\n]+$")
+_BREAK = re.compile(r"<br\s*/?>")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -64,7 +65,7 @@ def prompt_of_file(file: str) -> str:
 
 
 def _argument(row: Row, column: str) -> str:
-    return re.sub(r"\s*<br\s*/?>\s*", "\n", f.text(row, column)).strip()
+    return "\n".join(line.strip() for line in _BREAK.split(f.text(row, column))).strip()
 
 
 def _debate_pair(row: Row) -> Preference:

@@ -14,8 +14,10 @@ import json
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +39,7 @@ from steersman.types import SteersmanError
 T = TypeVar("T")
 CHUNK = 1024
 """Rows that are tokenised and written together."""
-LAYOUT = 5
+LAYOUT = 6
 """Counts up where the same rows and settings come out otherwise than before."""
 MARK = {name: 1 << place for place, name in enumerate(COUNTED)}
 """The bit of `marks.npy` for each of what is counted."""
@@ -56,8 +58,8 @@ def store(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None,
     this one waits.
 
     Its name is the SHA-256 of the files' content, what their rows are read as, the section's settings, the tokenizer
-    with its chat template, and the limits of length; with `data.limit` also of the prompts of `held`, which are
-    passed over before the first so many are taken. Raises SteersmanError as `load` and `encode` do.
+    with its special tokens and chat template, and the limits of length; with `data.limit` also of the prompts of
+    `held`, which are passed over before the first so many are taken. Raises SteersmanError as `load` and `encode` do.
     """
     over = frozenset() if config.limit is None else frozenset(prompt_key(e) for e in held)
     folder = Path(config.cache).expanduser() / _name(config, kind, path, laid, context, over)
@@ -90,15 +92,27 @@ def _name(config: Any, kind: Kind, path: Any, laid: Layout, context: int | None,
         "layout": LAYOUT,
         "examples": kind,
         "section": config.model_dump(mode="json", exclude=SPLITS),
-        "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        "tokenizer": _state(tokenizer),
         "template": laid.template.source,
         "special": [str(laid.codec.eos_id), laid.codec.prefix, laid.codec.suffix],
-        "kind": type(laid).__name__,
+        "kind": [type(laid).__name__, asdict(laid.room(None, None, context))],
         "context": context,
         "passed_over": sorted(over),
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
     return digest.hexdigest()[:NAME]
+
+
+def _state(tokenizer: Any) -> str:
+    """The SHA-256 of all that the tokenizer saves of itself: its vocabulary and rules, its class and settings, and
+    its special tokens by name, which the chat template may write."""
+    digest = hashlib.sha256()
+    tokenizer.encode("")  # takes back the padding of a call before, which would be saved too
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in sorted(file for file in Path(folder).rglob("*") if file.is_file()):
+            digest.update(f"{file.relative_to(folder)}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _write(

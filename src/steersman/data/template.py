@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jinja2 import TemplateError
 
 from steersman.data.examples import Message, calls
 from steersman.data.tools import CALLS, THOUGHTS, require_shown, with_text
+from steersman.guards.user_code import time_limit
 from steersman.types import SteersmanError
 
+T = TypeVar("T")
 PLAIN = (
     "{% for m in messages %}"
     "{% if m.role == 'user' %}{{ 'User: ' + m.content + '\n' }}"
@@ -50,6 +52,11 @@ _OPENING = re.compile(r"\s*(<\|?|\[)(/?)([A-Za-z_]*(?:think|thought|reason)[A-Za
 """What a generation prompt ends with where it opens a thought, such as "<think>\\n" or "[THINK]"."""
 
 _PROBE = "reply"
+_ROLES = frozenset(("system", "user", "assistant", "tool"))
+LIMIT = 60.0
+"""Seconds that a template may take for the first conversation that this process shows it."""
+_ENDED: set[str] = set()
+"""Templates that have written a conversation."""
 
 
 def pieces(text: str) -> list[tuple[str, bool]]:
@@ -102,15 +109,25 @@ class ChatTemplate:
         return text
 
     def _rendered(self, messages: Sequence[Message], for_reply: bool = False, fences: bool = True) -> str:
+        return self._tried(messages, lambda turns: self._apply(turns, for_reply, fences))
+
+    def _tried(self, messages: Sequence[Message], write: Callable[[Sequence[Message]], T]) -> T:
+        """What `write` makes of the turns. Raises SteersmanError where the template refuses them."""
         try:
-            try:
-                return self._apply(messages, for_reply, fences)
-            except TypeError:  # a template that joins a call's arguments to text wants them as text
-                return self._apply([_calls_as_text(m) for m in messages], for_reply, fences)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            with time_limit("the chat template", None if self.source in _ENDED else LIMIT):
+                try:
+                    written = write(messages)
+                except TypeError:  # a template that joins a call's arguments to text wants them as text
+                    written = write([_calls_as_text(m) for m in messages])
+            _ENDED.add(self.source)
+            return written
+        except SteersmanError:
+            raise
+        except Exception as error:  # a template is a program of whoever made the model
             roles = ", ".join(m["role"] for m in messages)
+            why = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}".rstrip(": ")
             raise SteersmanError(
-                f"the chat template refuses a conversation of {roles}: {error}; change the turns or the template"
+                f"the chat template refuses a conversation of {roles}: {why}; change the turns or the template"
             ) from error
 
     def _require_fences(self, text: str, messages: Sequence[Message], for_reply: bool = False) -> None:
@@ -140,7 +157,9 @@ class ChatTemplate:
         def safe(value: Any) -> Any:
             return self._fence(value, fences)
 
-        fenced = [{k: v if k == "role" else safe(v) for k, v in m.items() if k != "tools"} for m in messages]
+        fenced = [
+            {k: v if k == "role" and v in _ROLES else safe(v) for k, v in m.items() if k != "tools"} for m in messages
+        ]
         return fenced, next((safe(m["tools"]) for m in messages if "tools" in m), None)
 
     def segments(
@@ -180,7 +199,7 @@ class ChatTemplate:
         `before` opens none, or the template writes something else into a turn.
         """
         shown = self.render([*messages[:-1], {"role": "assistant", "content": _PROBE}])
-        at = next((i for i, (a, b) in enumerate(zip(before, shown, strict=False)) if a != b), len(before))
+        at = _in_common(before, shown)
         opening = _OPENING.match(before[at:])
         if opening is None or opening[2] or not shown[at:].startswith(_PROBE):
             return None
@@ -199,7 +218,33 @@ class ChatTemplate:
         return before + self._fence(thought) + ends + self._fence(said) + shown[at + len(_PROBE) :]
 
     def _marked(self, messages: Sequence[Message], speaks: list[int]) -> list[Segment]:
-        """The same by the template's own `{% generation %}` marks."""
+        """The same by the template's own `{% generation %}` marks. What lies in them counts, except for what the
+        generation prompt writes of the first reply: that is never the model's to say."""
+        text, spans = self._tried(messages, self._with_marks)
+        first = self.render(messages[: speaks[0]], for_reply=True) if speaks else text
+        thought = None
+        if not text.startswith(first):
+            thought = self._in_thought(messages[: speaks[0] + 1], first)
+        if thought is not None and len(speaks) == 1:
+            return [Segment(first, False), Segment(thought[len(first) :], True)]
+        if thought is not None:
+            raise SteersmanError(
+                f"the chat template asks for a reply that begins with a thought (...{unfenced(first)[-20:]!r}) and "
+                f"shows turn {speaks[0] + 1} without one, so a model would not be asked for what it learned. Train "
+                "on the last turn only (data.assistant_turns: last), which ends the thought, or cut the "
+                "conversations so that each has one reply"
+            )
+        self._require_fences(text, messages)
+        out, at, begins = [], 0, _in_common(text, first)
+        for begin, end in spans:
+            begin = max(begin, begins)
+            if end > begin:
+                out += [Segment(text[at:begin], False), Segment(text[begin:end], True)]
+                at = end
+        return [s for s in [*out, Segment(text[at:], False)] if s.text]
+
+    def _with_marks(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as text, and where in it the template's marks begin and end."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         fenced, tools = self._for_template(messages)
@@ -211,21 +256,12 @@ class ChatTemplate:
             **self.tokenizer.special_tokens_map,
         )
         (text,), (spans,) = made
-        self._require_fences(text, messages)
-        first = self.render(messages[: speaks[0]], for_reply=True) if speaks else text
-        if not text.startswith(first):
-            raise SteersmanError(_unstable(speaks[0], "", first, text, alone=len(speaks) == 1))
-        out, at = [], 0
-        for begin, end in spans:
-            if begin >= len(first) and end > begin:
-                out += [Segment(text[at:begin], False), Segment(text[begin:end], True)]
-                at = end
-        return [s for s in [*out, Segment(text[at:], False)] if s.text]
+        return text, spans
 
     def _fence(self, value: Any, fences: bool = True) -> Any:
-        """A value with every text in it escaped and, with `fences`, its special tokens fenced."""
+        """A value with every text in it, names of fields too, escaped and, with `fences`, its special tokens fenced."""
         if isinstance(value, dict):
-            return {name: self._fence(x, fences) for name, x in value.items()}
+            return {self._fence(name, fences): self._fence(x, fences) for name, x in value.items()}
         if isinstance(value, list):
             return [self._fence(x, fences) for x in value]
         if not isinstance(value, str):
@@ -234,6 +270,11 @@ class ChatTemplate:
         if self.fenced is None or not fences:
             return text
         return self.fenced.sub(f"{FENCE_OPEN}\\g<0>{FENCE_CLOSE}", text)
+
+
+def _in_common(a: str, b: str) -> int:
+    """How many letters two texts begin with that are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _calls_as_text(message: Message) -> Message:
@@ -275,7 +316,7 @@ def template_ends(tokenizer: Any) -> list[int]:
 
 def _unstable(turn: int, done: str, before: str, after: str, *, alone: bool) -> str:
     shorter, longer = (done, before) if not before.startswith(done) else (before, after)
-    at = next((i for i, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    at = _in_common(shorter, longer)
     parts = (unfenced(text[max(0, at - 20) : at + 20]) for text in (shorter, longer))
     was, now = (f"...{part!r}" for part in parts)
     if alone:

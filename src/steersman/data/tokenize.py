@@ -15,6 +15,7 @@ boundary is a fixed cut: a prompt that ends in a space usually leaves that space
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -104,9 +105,9 @@ class Codec:
         return whole.removeprefix(self.tokenizer.decode(head, skip_special_tokens=True))
 
     def has_special(self, content: Content) -> bool:
-        """True where the data's text spells a special token."""
-        texts = [content] if isinstance(content, str) else [m["content"] for m in content]
-        return any(name in text for text in texts for name in self.special)
+        """True where the data's text spells a special token: what is said, a thought, a call, a tool."""
+        parts = [content] if isinstance(content, str) else [x for m in content for k, x in m.items() if k != "role"]
+        return any(name in text for part in parts for text in _texts(part) for name in self.special)
 
     def _encode(self, text: str, control: bool = False) -> list[int]:
         split = not (control or self.allow_special_tokens)
@@ -115,6 +116,18 @@ class Codec:
     def _without_bos(self, text: str) -> str:
         name, bos = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         return text.removeprefix(name) if name and bos in self.prefix else text
+
+
+def _texts(value: object) -> Iterator[str]:
+    """Every text in a value, names of fields too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for name, x in value.items():
+            yield from (*_texts(name), *_texts(x))
+    elif isinstance(value, list):
+        for x in value:
+            yield from _texts(x)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,8 @@ import torch
 from steersman.distill.recipe import TeacherEndpoint
 from steersman.distill.teacher import Answer, Reading, TokenTeacher
 from steersman.distributed.ranks import ranks
-from steersman.judge.endpoint import Caller, without_password
+from steersman.judge.endpoint import Caller, RefusedError
+from steersman.model.served_tokenizer import require_same_tokens, tokenize_request
 from steersman.ops.divergence import TeacherTopK
 from steersman.types import SteersmanError
 
@@ -20,7 +21,7 @@ AnswerKey: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...]]"
 """Ids of a prompt and of a response."""
 TopK: TypeAlias = "tuple[list[list[int]], list[list[float]], list[float]]"
 """Per response token: the ids that were listed, likeliest first, their log-probabilities, and the token's own."""
-LEAST = -1e4
+MIN_LOGP = -1e4
 """The least log-probability that is taken over; JSON has none for minus infinity."""
 
 
@@ -67,7 +68,7 @@ class TopLogprobs(Caller[AnswerKey, TopK]):
                     "the server's limit (vLLM: --max-logprobs)"
                 )
             )
-        return [i for i, _ in best], [max(p, LEAST) for _, p in best], max(row[token], LEAST)
+        return [i for i, _ in best], [max(p, MIN_LOGP) for _, p in best], max(row[token], MIN_LOGP)
 
 
 def _prompted(told: list[dict[str, dict[str, Any]] | None]) -> list[dict[int, float]]:
@@ -99,13 +100,67 @@ def _number(x: Any) -> float:
     return float(min(x, 0.0))
 
 
+class Tokenizes(Caller[dict[str, Any], dict[str, Any]]):
+    """Asks by /tokenize, a route of vLLM's beside its /v1, what the server makes of a text."""
+
+    who, path, expected_form = "teacher", "/tokenize", "answer of /tokenize"
+
+    def __init__(self, config: TeacherEndpoint) -> None:
+        root = config.url.rstrip("/").removesuffix(TopLogprobs.path).removesuffix("/v1")
+        super().__init__(config.model_copy(update={"url": root, "extra": {}}))
+
+    def body(self, question: dict[str, Any]) -> dict[str, Any]:
+        return question
+
+    def read(self, raw: bytes, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer; empty where it is none, as of a server that shows a page for any route."""
+        try:
+            found = json.loads(raw)
+        except (ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def told(self, question: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one question; empty where the server has no such route."""
+        found: dict[str, Any] = {}
+        try:
+            self.ask([question], lambda _, told: found.update(told), lambda: True)
+        except RefusedError:
+            return {}
+        return found
+
+
 class EndpointTeacher(TokenTeacher):
     """A teacher behind a server; what it told of an answer is kept, so that given answers are asked about once."""
 
     def __init__(self, config: TeacherEndpoint, vocabulary: int, device: torch.device) -> None:
-        self.caller = TopLogprobs(config)
+        self.caller, self.tokenizes = TopLogprobs(config), Tokenizes(config)
         self.vocabulary, self.device = vocabulary, device
         self.top_k: dict[AnswerKey, TopK] = {}
+
+    def check(self, tokenizer: Any, longest: int) -> None:
+        """Compares the tokenizers, where the server has /tokenize, and asks for what is asked for later, once."""
+        ranks().from_main(lambda: self._check(tokenizer, longest), "what the teacher is")
+
+    def _check(self, tokenizer: Any, longest: int) -> None:
+        request = tokenize_request(tokenizer)
+        told = self.tokenizes.told(request)
+        mend = "Use a teacher of the student's family, or one at teacher.path with loss.name uld"
+        require_same_tokens(tokenizer, request, told, self._message, mend=mend)
+        window = told.get("max_model_len")
+        if type(window) is int and longest >= window:  # it makes one token that nobody reads
+            raise SteersmanError(
+                self._message(
+                    f"its window (--max-model-len) is {window} tokens, and a prompt with its answer may have "
+                    f"{longest}, and it makes one more; start it with --max-model-len {longest + 1} or more, "
+                    "or lower rollout.max_new_tokens or data.max_prompt_tokens"
+                )
+            )
+        ids = tokenizer.encode(request["prompt"], add_special_tokens=False)
+        self._asked([Answer(ids[:1], ids[1:2], [True], ids[:1], 0)])
+
+    def _message(self, what: str) -> str:
+        return f"teacher {self.caller.url}: {what}"
 
     def prepare(self, answers: Sequence[Answer]) -> None:
         """Asks about all answers that are new, several at a time; of several ranks, rank 0 does, for all. Raises
@@ -120,8 +175,10 @@ class EndpointTeacher(TokenTeacher):
             outside = next((i for ids in told[0] for i in ids if not 0 <= i < self.vocabulary), None)
             if outside is not None:
                 raise SteersmanError(
-                    f"teacher {without_password(self.caller.url)}: it lists token id {outside}, and the student has "
-                    f"{self.vocabulary}; the two are of different families"
+                    self._message(
+                        f"it lists token id {outside}, and the student has {self.vocabulary}; the two are of "
+                        "different families"
+                    )
                 )
             found[new[index]] = told
 
@@ -142,7 +199,7 @@ class EndpointTeacher(TokenTeacher):
 
     def describe(self) -> str:
         config = self.caller.config
-        return f"{config.model} at {without_password(config.url)}, its {self.caller.top_k} likeliest tokens"
+        return f"{config.model} at {config.url}, its {self.caller.top_k} likeliest tokens"
 
 
 def _key(answer: Answer) -> AnswerKey:

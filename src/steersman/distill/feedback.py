@@ -18,6 +18,7 @@ from steersman.reward import Scores
 from steersman.types import Stats
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
+_END = "</think>"
 
 
 class FeedbackPrompts:
@@ -81,7 +82,7 @@ class FeedbackPrompts:
         """The teacher's prompt of an answer in token ids; None where it is too long."""
         example, shown = self.data.examples[answer.row], {"solution": "", "feedback": ""}
         if solved is not None:
-            reply = solved.text if self.config.thinking else _THINKING.sub("", solved.text).strip()
+            reply = solved.text if self.config.thinking else _without_thoughts(solved.text).strip()
             shown["solution"] = self.solution.fill(_with(example.row, "answer", reply))
         if text:
             shown["feedback"] = self.text.fill(_with(example.row, "text", text))
@@ -92,3 +93,10 @@ class FeedbackPrompts:
 
 def _with(row: Row, name: str, value: str) -> Row:
     return replace(row, data={**row.data, name: value})
+
+
+def _without_thoughts(text: str) -> str:
+    """The text without its closed thoughts. Behind the last end mark none is looked for: a text of beginnings alone
+    would take time that grows with its square."""
+    head, end, rest = text.rpartition(_END)
+    return _THINKING.sub("", head + end) + rest

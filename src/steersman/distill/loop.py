@@ -136,15 +136,15 @@ class Distill:
         answers = objective.learned_from(answers)
         objective.teacher.prepare(answers)
         cost = torch.tensor([max(len(a.prompt), len(a.teacher_prompt)) + len(a.response) for a in answers])
-        losses, total = [], torch.zeros((), dtype=torch.float64)
+        losses, total = [], torch.zeros((), dtype=torch.float64, device=objective.policy.device)
         for part in my_micro_batches(cost, self.recipe.run.micro_tokens):
             some, counted = [answers[i] for i in part.rows.tolist()], tally if part.counts else Tally()
             loss = objective.loss(some, denominator, counted)
             (loss * part.weight).backward()
             losses.append({"loss": loss.detach()})
-            total += loss.detach().cpu() * part.weight
+            total += loss.detach() * part.weight
         ranks().agree(not_finite(losses))
-        return self.optimizer.step() | tally.means() | {"loss": float(ranks().sum(total, "the loss"))}
+        return self.optimizer.step() | tally.means() | {"loss": float(ranks().sum(total.cpu(), "the loss"))}
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -15,7 +15,7 @@ from steersman.distill.objective import Distillation
 from steersman.distill.recipe import SOURCES, DistillRecipe
 from steersman.distill.rows import DistillSet, load, reader
 from steersman.distill.teacher import AveragedTeacher, LocalTeacher, Teacher, check_tokens, local_model
-from steersman.distill.watch import Watch
+from steersman.distill.teacher_looks import TeacherLooks
 from steersman.evaluation import Evaluation
 from steersman.model import Policy
 from steersman.plan.memory import Model, SamplingLoad, announce, largest_load
@@ -55,16 +55,19 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         shown = recipe.teacher.feedback
         feedback = None if shown is None else FeedbackPrompts(shown, rows, train)
         state = Distill(recipe, objective, train, engine, reward, feedback=feedback)
-        watch = Watch(state, held)
+        looks = TeacherLooks(state, held)
         evaluation = Evaluation(student, recipe.evaluation, session)
         _preflight(session, state, loaded, held, model=model, evaluation=evaluation)
+        asked = [len(p.ids) for p in (*train.prompts, *held.prompts)]
+        engine.prepare(max(asked) + recipe.rollout.max_new_tokens)
+        teacher.check(student.tokenizer, max(_longest_taught(recipe, train), _longest_taught(recipe, held)))
         session.begin(state, state.total)
         if session.start == 0:
-            session.observe(0, {**watch.look(session, 0), **evaluation.look()})
+            session.observe(0, {**looks.look(session, 0), **evaluation.look()})
         for step in session.steps():
             stats, samples = state.step()
             if step % recipe.run.eval_every == 0 or step == state.total:
-                stats |= {**watch.look(session, step), **evaluation.look()}
+                stats |= {**looks.look(session, step), **evaluation.look()}
             session.observe(step, stats, [s.text for s in samples])
         if session.stopped:
             return session.summary({})
@@ -96,6 +99,15 @@ def _teacher(recipe: DistillRecipe, student: Policy, model: Reference | None, ro
         return OtherTokenizer(model.separate, rows.student.codec, name)
     check_tokens(recipe, model, student)
     return LocalTeacher(model, name)
+
+
+def _longest_taught(recipe: DistillRecipe, rows: DistillSet) -> int:
+    """Tokens of the longest prompt as the teacher reads it, with an answer; 0 of no rows."""
+    new = recipe.rollout.max_new_tokens
+    shown = 0 if recipe.teacher.feedback is None else new
+    asked = [len(prompt) + shown + new for prompt in rows.teacher_prompts]
+    given = [len(p) + len(e.response) for p, e in zip(rows.teacher_prompts, rows.given_answers, strict=False)]
+    return max([0, *asked, *given])
 
 
 def _last(train: DistillSet, count: int) -> DistillSet:

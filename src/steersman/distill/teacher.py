@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -88,6 +88,10 @@ class Teacher:
 
     reads_ids: ClassVar[bool] = True
     """Whether it reads the student's token ids; False where it reads the text in tokens of its own."""
+
+    def check(self, tokenizer: Any, longest: int) -> None:
+        """Called before training begins. Raises SteersmanError where it can not teach a student of this tokenizer, or
+        has no room for texts of `longest` tokens."""
 
     def prepare(self, answers: Sequence[Answer]) -> None:
         """Called once with all answers of an update, before any of them is read."""

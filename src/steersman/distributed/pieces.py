@@ -107,4 +107,4 @@ def copy_to_cpu(state: Any) -> Any:
         return {key: copy_to_cpu(inner) for key, inner in state.items()}
     if isinstance(state, list | tuple):
         return [copy_to_cpu(inner) for inner in state]
-    return state.detach().cpu().clone() if isinstance(state, Tensor) else state
+    return state.detach().to("cpu", copy=True) if isinstance(state, Tensor) else state

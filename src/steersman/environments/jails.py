@@ -5,7 +5,8 @@
 | `bubblewrap` | bwrap (package bubblewrap), setpriv and prlimit (util-linux) |
 | `namespaces` | unshare, setpriv, prlimit, mount, pivot_root (util-linux) |
 
-Both use the kernel's namespaces, both under the same limits on memory, processes, files and time.
+Both use the kernel's namespaces, both under the same limits on memory, processes, files and time. Inside, a filter of
+system calls (`filters.py`) is set up before the program begins.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a program may take: seconds of the clock, MiB of memory and of files, processes, characters of output."""
+    """What a program may take: seconds of the clock, MiB of memory (all its processes together) and of files,
+    processes, characters of output."""
 
     seconds: float = 5.0
     memory: int = 512

@@ -73,6 +73,10 @@ class Episodes:
             for game in games:
                 close_episode(game)
 
+    def prepare(self, longest: int) -> None:
+        """An episode may fill all that it is given."""
+        self.generator.prepare(longest if self.limit == _NO_LIMIT else self.limit)
+
     def update_weights(self, version: int) -> Stats:
         return self.generator.update_weights(version)
 

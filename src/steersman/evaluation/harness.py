@@ -15,7 +15,7 @@ from steersman.recipe.evaluation import HarnessSection
 from steersman.run.seed import rng_state, set_rng_state
 from steersman.types import Stats, SteersmanError
 
-WHO = "evaluation.harness"
+SECTION = "evaluation.harness"
 SHOTS_SEED = 1234
 """The seed of the package's own command, by which it draws the examples before a question."""
 RESAMPLED = 1000
@@ -31,10 +31,12 @@ class Harness:
 
     def __init__(self, policy: Policy, config: HarnessSection, micro_tokens: int) -> None:
         if policy.model.config.is_encoder_decoder:
-            raise SteersmanError(f"{WHO}: it asks causal models, and this is an encoder-decoder; remove the section")
+            raise SteersmanError(
+                f"{SECTION}: it asks causal models, and this is an encoder-decoder; remove the section"
+            )
         if config.chat_template and policy.tokenizer.chat_template is None:
-            raise SteersmanError(f"{WHO}.chat_template: the model has no chat template")
-        with explain_missing(WHO):
+            raise SteersmanError(f"{SECTION}.chat_template: the model has no chat template")
+        with explain_missing(SECTION):
             from lm_eval.tasks import TaskManager
 
             from steersman.evaluation.harness_model import PolicyModel
@@ -46,7 +48,7 @@ class Harness:
             if unknown := _unknown(known, config):
                 where = f"in {config.include}, nor among" if config.include else "among"
                 raise SteersmanError(
-                    f"{WHO}.tasks: there is no task {', '.join(unknown)} {where} the package's own; "
+                    f"{SECTION}.tasks: there is no task {', '.join(unknown)} {where} the package's own; "
                     "`lm-eval ls tasks` lists these"
                 )
             self.tasks = self._loaded(known)
@@ -93,7 +95,7 @@ def _telling(config: HarnessSection) -> Iterator[None]:
         raise
     except Exception as error:
         names = ", ".join(config.tasks)
-        raise SteersmanError(f"{WHO}: {names} did not run: {type(error).__name__}: {error}") from error
+        raise SteersmanError(f"{SECTION}: {names} did not run: {type(error).__name__}: {error}") from error
 
 
 def _unknown(known: Any, config: HarnessSection) -> list[str]:
@@ -112,7 +114,7 @@ def _quiet() -> Iterator[None]:
     level, streams = log.level, rng_state()
     log.setLevel(logging.ERROR)
     try:
-        with user_code(WHO), contextlib.redirect_stderr(io.StringIO()):
+        with user_code(SECTION), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         log.setLevel(level)

@@ -198,9 +198,8 @@ def hold_battles(flywheel: Flywheel, recipe: ArenaRecipe, name: str, path: str, 
     """
     ledger, answers = flywheel.ledger, {}
     for seat, (player, where) in enumerate({"model": path, **recipe.opponents}.items()):
-        opened = flywheel.player(where)
-        rows = flywheel.answers(f"{name}/answers-{player}", opened, batch, 1, seat)
-        opened.release()
+        with flywheel.player(where) as opened:
+            rows = flywheel.answers(f"{name}/answers-{player}", opened, batch, 1, seat)
         answers[player] = {r["index"]: r for r in usable(rows, recipe.unfinished)[0]}
 
     def make() -> Rows:

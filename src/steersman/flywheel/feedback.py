@@ -40,13 +40,13 @@ MOOD = """A user talks with an assistant. Judge from the user's newest turn alon
 assistant's answer before it: {high} praises or thanks for it, {low} complains, corrects it or asks again, a number in
 the middle says nothing about it. {rubric}
 
-<conversation>
+<conversation {code}>
 {prompt}
-</conversation>
+</conversation {code}>
 
-<newest turn>
+<newest turn {code}>
 {answer}
-</newest turn>
+</newest turn {code}>
 
 End with the number in double brackets, such as [[{low}]].
 Grade:"""

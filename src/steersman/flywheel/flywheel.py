@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any
+
+import torch
 
 from steersman.data import Batches, mixture, wraps
 from steersman.flywheel.players import Player, load_queries, text_of, usable
@@ -19,11 +20,10 @@ from steersman.model import load_tokenizer
 from steersman.ops.text import distinct_n, perplexity
 from steersman.recipe.sections import ModelConfig
 from steersman.run.files.ledger import Ledger, Rows
+from steersman.run.seed import SamplingStream
+from steersman.train.looks import standard_error
 from steersman.train.stopping import Stopping
 from steersman.types import Stats, SteersmanError
-
-LOOK = 1 << 30
-"""Stream of the held-out answers: the same in every round."""
 
 
 class Flywheel:
@@ -43,6 +43,7 @@ class Flywheel:
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
         self.start = self.player(recipe.model.path)
+        ledger.at_end(self.start.release)
         size = min(recipe.rollout.prompts, len(self.train))
         mix = mixture(recipe.data, [query.row.part for query in self.train])
         self.batches = Batches(
@@ -51,15 +52,14 @@ class Flywheel:
 
     def open_judge(self, config: JudgeConfig) -> SharedJudge:
         """A judge, with its cache in the run folder."""
-        stopping = lambda: bool(self.ledger.signal)  # noqa: E731
-        return SharedJudge(config, self.ledger.path / "judge.jsonl", stopping=stopping, device=self.ledger.device)
+        ledger = self.ledger  # not the loop itself, which holds the judge
+        stopping = lambda: bool(ledger.signal)  # noqa: E731
+        return SharedJudge(config, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
 
     def player(self, path: str, model: ModelConfig | None = None) -> Player:
-        """The model at `path`, in the recipe's precision unless `model` says another."""
+        """The model at `path`, in the recipe's precision unless `model` says another; who opens it releases it."""
         config = (model or self.recipe.model).model_copy(update={"path": path, "lora": None})
-        player = Player(config, self.recipe.run, self.ledger.device)
-        self.ledger.at_end(player.release)
-        return player
+        return Player(config, self.recipe.run, self.ledger.device)
 
     def batch(self, number: int) -> list[int]:
         """The prompts of batch `number` (from 0), by place; batches pass over all prompts before any comes again."""
@@ -107,11 +107,12 @@ class Flywheel:
         """Answers the held-out prompts with the same random streams each round, and measures them.
 
         `kl` is nats per answer to the model before round 1, estimated from the answers; `win_rate` is against
-        that model's answers by the judge; each `gold/...` has its standard error beside it.
+        that model's answers by the judge; each `gold/...` has its standard error beside it (`standard_error`).
         """
         name = f"round-{number:02d}/held-out"
-        player = self.player(path)
-        rows = self.ledger.table(name, lambda: self._look(player), model=self.ledger.model(path), streams=[LOOK])
+        rows = self.ledger.table(
+            name, lambda: self._look(path), model=self.ledger.model(path), streams=[SamplingStream.FLYWHEEL_LOOK]
+        )
         self.judge.counts.clear()
         before = rows if number == 0 else self.ledger.rows("round-00/held-out")
         stats: Stats = {
@@ -125,8 +126,8 @@ class Flywheel:
         if number:
             stats |= self.against(rows, before)
         for part in rows[0]["gold"]:
-            values = [r["gold"][part] for r in rows]
-            stats |= {f"gold/{part}": _mean(values), f"gold_se/{part}": standard_error(values)}
+            values = torch.tensor([r["gold"][part] for r in rows], dtype=torch.float64)
+            stats |= {f"gold/{part}": float(values.mean())} | standard_error(f"gold_se/{part}", values)
         return stats, [_shown(r) for r in rows]
 
     def against(self, rows: Rows, before: Rows) -> Stats:
@@ -171,11 +172,13 @@ class Flywheel:
         }
         return self.ledger.summary({"model": path, **compared, **(more or {})})
 
-    def _look(self, player: Player) -> Rows:
+    def _look(self, path: str) -> Rows:
         rollout = self.recipe.rollout
-        rows, samples = player.answer(
-            self.held, range(len(self.held)), self.data, rollout, n=1, seed=(self.recipe.run.seed, LOOK)
-        )
+        with self.player(path) as player:
+            rows, samples = player.answer(
+                self.held, range(len(self.held)), self.data, rollout, n=1,
+                seed=(self.recipe.run.seed, SamplingStream.FLYWHEEL_LOOK),
+            )  # fmt: skip
         logp = [sum(s.logp) for s in samples]  # as sampled from, beside the whole starting model
         logp_start = self.start.logp(samples, rollout.temperature)
         plain = self.start.logp(samples)
@@ -192,11 +195,6 @@ class Flywheel:
             }
             for i, r in enumerate(rows)
         ]  # fmt: skip
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def left_out_text(counts: dict[str, int]) -> str:

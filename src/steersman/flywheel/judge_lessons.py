@@ -36,7 +36,7 @@ class JudgeLessonsRecipe(Section):
     )
     rubric: str = Field(default=RUBRIC, description="what the judge looks at")
     compare: str = Field(
-        default=prompts.COMPARE, description="template with {rubric}, {prompt}, {first} and {second}"
+        default=prompts.COMPARE, description="template with {rubric}, {prompt}, {first}, {second} and {code}"
     )
 
     @field_validator("compare")
@@ -82,6 +82,7 @@ def questions(pair: Preference, number: int, recipe: JudgeLessonsRecipe) -> list
         values = {
             "rubric": recipe.rubric, "prompt": as_text(pair.prompt),
             "first": answers[first], "second": answers[1 - first],
+            "code": prompts.code_of(as_text(pair.prompt), answers[first], answers[1 - first]),
         }  # fmt: skip
         wins_first = (first == 0) == (pair.agreement > 0.5)
         rows.append(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from itertools import combinations
 from typing import Any
 
-from steersman.flywheel.flywheel import LOOK, Flywheel
+from steersman.flywheel.flywheel import Flywheel
 from steersman.run.files.ledger import Rows
+from steersman.run.seed import SamplingStream
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Stats
 
@@ -81,16 +82,18 @@ class League:
         flywheel, path = self.flywheel, self.opponents[name]
 
         def make() -> Rows:
-            player, seed = flywheel.player(path), (flywheel.recipe.run.seed, LOOK)
-            rows, _ = player.answer(
-                flywheel.held, range(len(flywheel.held)), flywheel.data, flywheel.recipe.rollout, n=1, seed=seed
-            )
+            seed = (flywheel.recipe.run.seed, SamplingStream.FLYWHEEL_LOOK)
+            with flywheel.player(path) as player:
+                rows, _ = player.answer(
+                    flywheel.held, range(len(flywheel.held)), flywheel.data, flywheel.recipe.rollout, n=1, seed=seed
+                )
             texts, columns = [r["completion"] for r in rows], [flywheel.held[r["index"]].columns for r in rows]
             gold = flywheel.gold([r["prompt"] for r in rows], texts, columns) if flywheel.gold is not None else {}
             gold.pop("total", None)
             return [{**r, "gold": {part: x[i] for part, x in gold.items()}} for i, r in enumerate(rows)]
 
-        return flywheel.ledger.table(f"opponents/{name}", make, model=flywheel.ledger.model(path), streams=[LOOK])
+        model, streams = flywheel.ledger.model(path), [SamplingStream.FLYWHEEL_LOOK]
+        return flywheel.ledger.table(f"opponents/{name}", make, model=model, streams=streams)
 
 
 def _name(number: int) -> str:

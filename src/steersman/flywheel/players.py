@@ -27,7 +27,8 @@ from steersman.types import Progress, Sample, SteersmanError
 
 
 class Player:
-    """A frozen model that answers; its weights are read at the first question and let go by `release`."""
+    """A frozen model that answers; its weights are read at the first question and let go by `release`, or at the end
+    of a `with` block."""
 
     def __init__(self, config: ModelConfig, run: RunConfig, device: torch.device) -> None:
         self.config, self.run, self.device = config, run, device
@@ -100,6 +101,12 @@ class Player:
             tokens.response.shape[1],
         )
         return masked_sum(logp, tokens.mask, dim=-1).tolist()
+
+    def __enter__(self) -> Player:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Gives the memory back, and ends what samples elsewhere."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from steersman.flywheel.conversations import Exchange
 from steersman.flywheel.reactions import DOWN
-from steersman.judge.prompts import fill
+from steersman.judge.prompts import code_of, fill
 from steersman.judge.writer import Writer
 
 KINDS = ("praise", *DOWN, "mixed", "none")
@@ -26,17 +26,17 @@ rephrase: asks the same thing again
 mixed: praises one part and complains of another
 none: says nothing about it, such as a new question
 
-<asked>
+<asked {code}>
 {asked}
-</asked>
+</asked {code}>
 
-<answer>
+<answer {code}>
 {answer}
-</answer>
+</answer {code}>
 
-<newest turn>
+<newest turn {code}>
 {turn}
-</newest turn>
+</newest turn {code}>
 
 Reply with two lines and nothing else:
 KIND: one of the words above
@@ -44,17 +44,17 @@ SPAN: the words of the newest turn that say so, copied; empty for none"""
 REVISE = """A user asked an assistant, got an answer, and said what they think of it. Write the answer that the user
 should have got. Write only the answer.
 
-<asked>
+<asked {code}>
 {asked}
-</asked>
+</asked {code}>
 
-<answer>
+<answer {code}>
 {answer}
-</answer>
+</answer {code}>
 
-<the user says>
+<the user says {code}>
 {turn}
-</the user says>"""
+</the user says {code}>"""
 LONGEST = 2000
 """Letters of each part of an exchange that a reader is shown: the last ones of what was asked and answered, the first
 ones of the turn."""
@@ -104,7 +104,8 @@ def parse_reading(reply: str, turn: str) -> Reading | None:
 
 
 def _holes(e: Exchange) -> dict[str, str]:
-    return {"asked": e.last_question[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
+    shown = {"asked": e.last_question[-LONGEST:], "answer": e.answer[-LONGEST:], "turn": e.reaction[:LONGEST]}
+    return shown | {"code": code_of(*shown.values())}
 
 
 def _plain(text: str) -> str:

@@ -16,14 +16,12 @@ from steersman.flywheel.players import usable
 from steersman.flywheel.stages import refresh_values
 from steersman.judge.config import JudgeConfig
 from steersman.run.files.ledger import Rows
+from steersman.run.seed import SamplingStream
 from steersman.verbs import reward_model
 from steersman.verbs.reward_model import RewardModelRecipe
 
 if TYPE_CHECKING:
     from steersman.flywheel.flywheel import Flywheel
-
-SEAT = 1 << 20
-"""The random stream of the answers that are compared: no player of the rounds draws from it."""
 
 
 def refresh_judge(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
@@ -31,9 +29,8 @@ def refresh_judge(flywheel: Flywheel, number: int, path: str) -> JudgeConfig:
     recipe, ledger, refresh = flywheel.recipe, flywheel.ledger, flywheel.recipe.refresh
     assert refresh is not None
     name = f"round-{number:02d}/refresh"
-    player = flywheel.player(path)
-    answers = flywheel.answers(f"{name}/answers", player, number, 2, SEAT)
-    player.release()
+    with flywheel.player(path) as player:
+        answers = flywheel.answers(f"{name}/answers", player, number, 2, SamplingStream.REFRESHED_PAIRS)
     usable_rows = usable(answers, recipe.unfinished)[0]
 
     def make() -> Rows:

@@ -52,9 +52,8 @@ def run_rounds(
         ledger.finish_round(0, stats, samples)
         flywheel.ends(path, stats)
         for number in range(1, recipe.rounds + 1):
-            player = flywheel.player(path)
-            sampled = flywheel.answers(f"{folder(number)}/samples", player, number - 1, recipe.rollout.samples)
-            player.release()
+            with flywheel.player(path) as player:
+                sampled = flywheel.answers(f"{folder(number)}/samples", player, number - 1, recipe.rollout.samples)
             path, told = learn(flywheel, recipe, number, path, sampled)
             stats, samples = flywheel.look(number, path)
             ledger.finish_round(number, stats | told, samples)

@@ -30,6 +30,9 @@ from steersman.run.seed import sub_seed
 from steersman.setup.generators import piece_size
 from steersman.types import Progress, Prompt, SteersmanError
 
+MUCH = 0.05
+"""The share cut by the length limit above which a run says so."""
+
 
 class StepLabelsRecipe(Section):
     """Labels of steps by Monte-Carlo rollouts."""
@@ -76,25 +79,37 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
             separator=recipe.data.step_separator,
             rollout=recipe.rollout.model_dump(exclude={"held_out", *PLACE_ONLY}),
         )  # fmt: skip
-        if not answers:
+        whole = [a for a in answers if not a.get("cut")]
+        if not whole:
             raise SteersmanError(
                 f"the length limit cut every answer, and such answers are left out; raise rollout.max_new_tokens "
                 f"({recipe.rollout.max_new_tokens}) and choose another --run.dir, since this one keeps the answers"
             )
-        kept = [a for a in answers if 1 <= len(a["steps"]) <= recipe.most_steps]
+        kept = [a for a in whole if 1 <= len(a["steps"]) <= recipe.most_steps]
+        left_out = {
+            "cut": len(answers) - len(whole),
+            "without_steps": sum(not a["steps"] for a in whole),
+            "too_many_steps": sum(len(a["steps"]) > recipe.most_steps for a in whole),
+        }
         rows = ledger.parts(
             "steps", len(kept), lambda span, _progress: [maker.label_steps(kept[i]) for i in span],
             made_from=ledger.sources("answers"), continuations=recipe.continuations, right_from=recipe.right_from,
+            left_out=left_out,
         )  # fmt: skip
         if not rows:
             raise SteersmanError(
-                f"none of {len(answers)} answers has 1 to {recipe.most_steps} steps; is data.step_separator "
+                f"none of {len(whole)} whole answers has 1 to {recipe.most_steps} steps; is data.step_separator "
                 f"{recipe.data.step_separator!r} what stands between them?"
             )
         labels = [x for r in rows for x in r["labels"]]
         right = sum(r["labels"][-1] for r in rows) / len(rows)
+        continued = (len(labels) - len(rows)) * recipe.continuations
+        cut = sum(r["continuations_cut"] for r in rows)
         stats = {"data/answers": len(answers), "data/rows": len(rows), "steps": len(labels) / len(rows)}
+        stats |= {f"data/{name}": count for name, count in left_out.items()}
         stats |= {"label/mean": sum(labels) / len(labels), "right": right}
+        stats["continuations/cut"] = cut / continued if continued else 0.0
+        _warn(ledger, recipe, left_out["cut"] / len(answers), stats["continuations/cut"])
         ledger.finish_round(0, stats, [_shown(i, r) for i, r in enumerate(rows[:40])])
         return ledger.summary({"data": str(ledger.path / "steps.jsonl"), **stats})
     return ledger.summary({})
@@ -115,31 +130,35 @@ class Maker:
         return encode_prompts(self.queries, layout(policy, data), data, context, new)[0]
 
     def answers(self, span: range, progress: Progress) -> Rows:
-        """Every answer to some of the prompts with its steps; those that the length limit cut are left out."""
+        """Every answer to some of the prompts with its steps; those that the length limit cut say so."""
         rollout, prompts = self.recipe.rollout, self.prompts[span.start : span.stop]
         samples = self.player.engine(rollout).generate(
             prompts, rollout.sampling(), n=rollout.samples, seed=(self.seed, 0), progress=progress
         )
         return [
-            {"index": s.prompt.index, "text": s.text, "steps": self._cut(s.text)} for s in samples if s.terminated
+            {"index": s.prompt.index, "text": s.text, "steps": self._cut(s.text)}
+            | ({} if s.terminated else {"cut": True})
+            for s in samples
         ]
 
     def label_steps(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """The answer's row: its steps, and the share of continuations from each that end well."""
+        """The answer's row: its steps, and the share of continuations from each that end well; how many of them the
+        length limit cut, which are scored as far as they went."""
         query, steps = self.queries[answer["index"]], answer["steps"]
         ids = next(p for p in self.prompts if p.index == answer["index"]).ids
         begun = [self.separator.join(steps[: k + 1]) + self.separator for k in range(len(steps) - 1)]
-        whole = [self.separator.join(steps)]
+        whole, cut = [self.separator.join(steps)], 0
         if begun:
-            whole += self._continued(ids, begun, answer["index"])
+            continued, cut = self._continued(ids, begun, answer["index"])
+            whole += continued
         scores = self.scorer([query.prompt] * len(whole), whole, [query.columns] * len(whole))["total"]
         right = [float(s >= self.recipe.right_from) for s in scores]
         n = self.recipe.continuations
         labels = [sum(right[1 + k * n : 1 + (k + 1) * n]) / n for k in range(len(begun))]
-        return {"prompt": query.prompt, "steps": steps, "labels": [*labels, right[0]]}
+        return {"prompt": query.prompt, "steps": steps, "labels": [*labels, right[0]], "continuations_cut": cut}
 
-    def _continued(self, ids: list[int], begun: Sequence[str], index: int) -> list[str]:
-        """`continuations` whole answers from each beginning."""
+    def _continued(self, ids: list[int], begun: Sequence[str], index: int) -> tuple[list[str], int]:
+        """`continuations` answers from each beginning, and how many of them the length limit cut."""
         policy, rollout = self.player.policy, self.recipe.rollout
         codec = Layout(policy.tokenizer).codec
         prompts = [Prompt([*ids, *codec.more(text)], text, index=k) for k, text in enumerate(begun)]
@@ -153,11 +172,28 @@ class Maker:
         seed = sub_seed(self.seed, "continuations", index)
         n = self.recipe.continuations
         samples = engine.generate(prompts, rollout.sampling(), n=n, seed=(seed,))
-        return [begun[s.prompt.index] + s.text for s in samples]
+        return [begun[s.prompt.index] + s.text for s in samples], sum(not s.terminated for s in samples)
 
     def _cut(self, text: str) -> list[str]:
         """The steps of an answer, those without visible text left out."""
         return [piece for piece in text.split(self.separator) if piece.strip()]
+
+
+def _warn(ledger: Ledger, recipe: StepLabelsRecipe, answers: float, continuations: float) -> None:
+    """Says what the length limit does to the labels, where it does much."""
+    limit = f"rollout.max_new_tokens, {recipe.rollout.max_new_tokens}"
+    if answers > MUCH:
+        ledger.log.note(
+            f"the length limit ({limit}) cut {answers:.0%} of the answers, which are left out: the data are the short "
+            "answers; raise it",
+            style="yellow",
+        )
+    if continuations > MUCH:
+        ledger.log.note(
+            f"the length limit ({limit}) cut {continuations:.0%} of the continuations, which are scored as far as they "
+            "went, so that early steps of long answers look worse than they are; raise it",
+            style="yellow",
+        )
 
 
 def _shown(index: int, row: dict[str, Any]) -> dict[str, Any]:

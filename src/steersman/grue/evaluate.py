@@ -28,13 +28,11 @@ from steersman.recipe.sections import RolloutConfig
 from steersman.reward import RewardConfig, WeightedSum, build_reward
 from steersman.run.device import resolve_device, set_threads
 from steersman.run.run_config import RunConfig
+from steersman.run.seed import SamplingStream
 from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from
 from steersman.train.experience import tokens_of
 from steersman.types import Sample, SteersmanError
-
-STREAM = 1 << 41
-"""Names the random streams of the evaluation; a seed's cells all draw from the same ones."""
 
 
 def judge(cell: Cell, recipe: GrueRecipe) -> dict[str, Any]:
@@ -88,7 +86,7 @@ def answers(cell: Cell, recipe: GrueRecipe) -> tuple[list[Sample], WeightedSum]:
         prompts(config).train, layout(policy, config), config, context_length(policy.model), rollout.max_new_tokens
     )
     sampling = rollout.sampling().as_greedy() if recipe.evaluation.greedy else rollout.sampling()
-    samples = open_generator(rollout, policy).generate(asked, sampling, n=1, seed=(cell.seed, STREAM))
+    samples = open_generator(rollout, policy).generate(asked, sampling, n=1, seed=(cell.seed, SamplingStream.GRUE))
     parts = RewardConfig.model_validate({"parts": reward_parts(recipe, cell.task)})
     return samples, build_reward(parts, policy.tokenizer, resolve_device(recipe.run.device))
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from steersman.atomic import write_atomic
+from steersman.atomic import unlinked, write_atomic
 from steersman.grue.cells import Cell, cell_folder, data_folder, start_model
 from steersman.grue.check import check_matrix, room
 from steersman.grue.evaluate import judge
@@ -166,7 +166,8 @@ def _output(cell: Cell, recipe: GrueRecipe):
     if recipe.run.show_cells:
         yield
         return
-    with (cell.folder / "output.txt").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    said = cell.folder / "output.txt"
+    with open(said, "a", encoding="utf-8", opener=unlinked) as file, contextlib.redirect_stdout(file):
         yield
 
 

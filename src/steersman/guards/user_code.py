@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from steersman.guards.handlers import signals_kept
+from steersman.guards.timers import signal_after
 from steersman.types import SteersmanError
 
 
@@ -40,13 +41,13 @@ def user_code(who: str, limit: float | None = None) -> Iterator[None]:
     of this project stands, and a block that takes longer than `limit` seconds. Standard output and error that it
     closes or points elsewhere are put back, and so is what `settings_kept` names. Other exceptions pass.
 
-    The limit holds in the main thread and where Python code runs, not inside one call of a compiled library. For a
-    block in another thread see `no_sudden_end`.
+    The limit holds in the main thread, in Python code and in a search of `re`, not inside one call of another
+    compiled library. For a block in another thread see `no_sudden_end`.
     """
     default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with streams_kept(), settings_kept():
         try:
-            with no_sudden_end(who), _time_limit(limit):
+            with no_sudden_end(who), time_limit(who, limit):
                 yield
         except SystemExit as error:
             raise _left(who, f"sys.exit({'' if error.code is None else error.code})") from error
@@ -58,8 +59,6 @@ def user_code(who: str, limit: float | None = None) -> Iterator[None]:
             if default:
                 raise
             raise _left(who, "KeyboardInterrupt") from error
-        except _TooLateError as error:
-            raise SteersmanError(f"{who}: it took longer than its limit of {limit:g} seconds") from error
 
 
 @contextmanager
@@ -110,34 +109,31 @@ def _left(who: str, how: str) -> SteersmanError:
 
 
 @contextmanager
-def _time_limit(limit: float | None) -> Iterator[None]:
-    """Raises _TooLateError in the block after `limit` seconds, and every second again until the block ends.
+def time_limit(who: str, limit: float | None) -> Iterator[None]:
+    """Ends a block that takes longer than `limit` seconds, with a SteersmanError that names `who`; where the block
+    swallows that, it is ended again every second. Holds in the main thread, where `user_code` says.
 
-    A thread sends the signal and no alarm is set, because code in the block may use the process's only alarm.
+    The process's only alarm is left to the code in the block, which may use it.
     """
     if limit is None or threading.current_thread() is not threading.main_thread():
         yield
         return
-    over, main = threading.Event(), threading.get_ident()
+    over = threading.Event()
 
     def late(number: int, frame: FrameType | None) -> None:
         if not over.is_set():
             raise _TooLateError
 
-    def watch() -> None:
-        wait = limit
-        while not over.wait(wait):
-            signal.pthread_kill(main, signal.SIGUSR2)
-            wait = 1.0
-
     before = signal.signal(signal.SIGUSR2, late)
-    watcher = threading.Thread(target=watch, name="time limit", daemon=True)
-    watcher.start()
     try:
-        yield
+        with signal_after(limit, signal.SIGUSR2):
+            try:
+                yield
+            finally:
+                over.set()
+    except _TooLateError as error:
+        raise SteersmanError(f"{who}: it took longer than its limit of {limit:g} seconds") from error
     finally:
-        over.set()
-        watcher.join()
         signal.signal(signal.SIGUSR2, before or signal.SIG_DFL)
 
 

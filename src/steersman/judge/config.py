@@ -67,11 +67,13 @@ class JudgeConfig(Section):
         description="what the judge looks at",
     )
     compare: str | None = Field(
-        default=None, description="template with {rubric}, {prompt}, {first} and {second}; null: the built-in one"
+        default=None,
+        description="template with {rubric}, {prompt}, {first}, {second} and {code}, a code that no answer can know, "
+        "for the tags around them; null: the built-in one",
     )
     grade: str | None = Field(
         default=None,
-        description="template with {rubric}, {prompt}, {answer}, {low} and {high}; null: the built-in one",
+        description="template with {rubric}, {prompt}, {answer}, {code}, {low} and {high}; null: the built-in one",
     )
     scale: tuple[int, int] = Field(default=(1, 10), description="lowest and highest grade")
     tie_margin: float = Field(

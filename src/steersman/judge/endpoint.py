@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,10 @@ CUT = ("length", "content_filter")
 """Values of finish_reason that say that a reply was ended for its writer."""
 LARGEST_REPLY = 8 << 20
 """Bytes of one reply, unpacked; what is longer is no reply."""
+
+
+class RefusedError(SteersmanError):
+    """The server answered by a status that says that it does not do what it was asked for."""
 
 
 class Caller(ABC, Generic[Q, R]):
@@ -112,7 +115,7 @@ class Caller(ABC, Generic[Q, R]):
                 elif response.status_code in retry.AGAIN:
                     trouble = f"status {response.status_code}"
                 else:
-                    raise SteersmanError(self._message(self._refused(response.status_code, raw)))
+                    raise RefusedError(self._message(self._refused(response.status_code, raw)))
             if attempt < self.config.retries:
                 self.retried += 1
                 try:
@@ -151,7 +154,7 @@ class Caller(ABC, Generic[Q, R]):
 
     def _message(self, what: str) -> str:
         """An error's text, with the server's address, without its key."""
-        return self._without_key(f"{self.who} {without_password(self.url)}: {what}")
+        return self._without_key(f"{self.who} {self.url}: {what}")
 
     def _quoted(self, raw: bytes, limit: int) -> str:
         # The key goes first, so that no cut leaves a part of it.
@@ -222,11 +225,6 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
                 if task is not None and not done.done():
                     loop.call_soon_threadsafe(task.cancel)
             raise
-
-
-def without_password(url: str) -> str:
-    """The address without the name and password that may stand in front of its host."""
-    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def _tokens(usage: Any, text: str, said: str) -> int:

@@ -13,7 +13,7 @@ from steersman.distributed.ranks import ranks
 from steersman.judge import prompts
 from steersman.judge.cache import Reply, ReplyCache, key_of
 from steersman.judge.config import JudgeConfig
-from steersman.judge.endpoint import Endpoint, without_password
+from steersman.judge.endpoint import Endpoint
 from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.prompts import Question
 from steersman.judge.scored import Scorer, as_text
@@ -110,7 +110,7 @@ class Judge:
     def describe(self) -> str:
         """One line: what kind of judge, which model."""
         if self.config.endpoint is not None:
-            return f"{self.config.endpoint.model} at {without_password(self.config.endpoint.url)}"
+            return f"{self.config.endpoint.model} at {self.config.endpoint.url}"
         return f"model {self.config.local.path}" if self.config.local else f"reward: {self._scorer.describe()}"
 
     def stats(self) -> Stats:
@@ -121,7 +121,7 @@ class Judge:
             out = {f"judge/{k}": self.counts[k] / n for k in ("ties", "contradictions")}
         questions = self.counts["questions"]
         if questions:
-            out |= {f"judge/{k}": self.counts[k] / questions for k in ("unparsable", "cut", "unjudged")}
+            out |= {f"judge/{k}": self.counts[k] / questions for k in ("unparsable", "cut", "unjudged", "claims")}
             if self.endpoint is not None:
                 out["judge/retries"] = self.endpoint.retried / questions
         return out
@@ -159,6 +159,7 @@ class Judge:
     def _read(self, replies: dict[Question, Reply], asked: Question, middle: float) -> float | None:
         """The share or grade that the reply to a question gives."""
         self.counts["questions"] += 1
+        self.counts["claims"] += prompts.claims(asked.first) or prompts.claims(asked.second or "")
         reply = replies.get(asked)
         if reply is None:
             self.counts["unjudged"] += 1
@@ -263,7 +264,8 @@ class Judge:
 
     def _text(self, asked: Question) -> str:
         low, high = self.config.scale
-        values = {"rubric": self.config.rubric, "prompt": asked.prompt, "low": low, "high": high}
+        code = prompts.code_of(asked.prompt, asked.first, asked.second or "")
+        values = {"rubric": self.config.rubric, "prompt": asked.prompt, "low": low, "high": high, "code": code}
         if asked.second is None:
             return prompts.fill(self.config.grade or prompts.GRADE, values | {"answer": asked.first})
         return prompts.fill(

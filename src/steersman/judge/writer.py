@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from steersman.config.sections import Section
 from steersman.judge.cache import Reply, ReplyCache, key_of
 from steersman.judge.config import EndpointConfig, LocalConfig
-from steersman.judge.endpoint import Endpoint, without_password
+from steersman.judge.endpoint import Endpoint
 from steersman.judge.judge import InterruptedJudgeError
 from steersman.judge.local import Local
 from steersman.types import Stats
@@ -84,7 +84,7 @@ class Writer:
     def describe(self) -> str:
         """One line: which model, where."""
         if self.config.endpoint is not None:
-            return f"{self.config.endpoint.model} at {without_password(self.config.endpoint.url)}"
+            return f"{self.config.endpoint.model} at {self.config.endpoint.url}"
         assert self.config.local is not None
         return f"model {self.config.local.path}"
 

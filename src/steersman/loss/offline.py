@@ -42,7 +42,7 @@ from steersman.loss.preference import (
 )
 
 
-class Objective(NamedTuple):
+class OfflineLoss(NamedTuple):
     """One offline loss. `data` says what its rows are: pairs, or single answers with a thumb up or down.
 
     `fixed_point` says where training ends up with the default options.
@@ -74,153 +74,153 @@ class Objective(NamedTuple):
         return self.data == "pair" and not (per_token or self.has_likelihood_term)
 
 
-LOSSES: dict[str, Objective] = {
-    "dpo": Objective(
+LOSSES: dict[str, OfflineLoss] = {
+    "dpo": OfflineLoss(
         dpo, "pair", "arXiv 2305.18290", True, False, False,
         "pi proportional to pi_ref exp(r / beta); with label smoothing eps, the win rate of every answer under "
         "the implicit reward matches (1 - eps) p + eps (1 - p), a flatter policy", takes_offset=True,
         only_differences=True,
     ),
-    "robust_dpo": Objective(
+    "robust_dpo": OfflineLoss(
         robust_dpo, "pair", "arXiv 2403.00409", True, False, False,
         "pi proportional to pi_ref exp(r / beta), from labels flipped with the stated probability",
         only_differences=True,
     ),
-    "ipo": Objective(
+    "ipo": OfflineLoss(
         ipo, "pair", "arXiv 2310.12036", True, False, False,
         "pi proportional to pi_ref exp(P(y beats mu) / beta): win rates in the place of rewards, so bounded",
         only_differences=True,
     ),
-    "hinge": Objective(
+    "hinge": OfflineLoss(
         hinge, "pair", "arXiv 2305.10425", False, False, False,
         "beta log pi differs by whole multiples of the margin: order is learnt, strength is not; whatever pi_ref was",
         takes_offset=True,
     ),
-    "rso": Objective(
+    "rso": OfflineLoss(
         rso, "pair", "arXiv 2309.06657", True, False, False,
         "beta log pi/pi_ref differs by whole multiples of the margin: order is learnt, strength is not",
         takes_offset=True,
         only_differences=True,
     ),
-    "dpop": Objective(
+    "dpop": OfflineLoss(
         dpop, "pair", "arXiv 2402.13228", True, False, False,
         "between DPO's optimum (lambda = 0) and pi_ref, which it is exactly from a finite lambda on when every "
         "answer is chosen now and then",
     ),
-    "tdpo1": Objective(
+    "tdpo1": OfflineLoss(
         tdpo1, "pair", "arXiv 2404.11999", True, True, False,
         "pi(a|s) proportional to pi_ref(a|s) exp(Q_ref(s, a) / beta), with the action values of the reference "
         "itself: one step of improvement per token, not the optimum over sequences",
     ),
-    "tdpo2": Objective(
+    "tdpo2": OfflineLoss(
         tdpo2, "pair", "arXiv 2404.11999", True, True, False,
         "where the semi-gradient vanishes: nearer to pi_ref than TDPO1's fixed point at alpha = 1; DPO's optimum "
         "at alpha = 0",
     ),
-    "simpo": Objective(
+    "simpo": OfflineLoss(
         simpo, "pair", "arXiv 2405.14734", False, False, True,
         "at gamma = 0, log pi(y) = |y| (r(y) + c) / beta, whatever pi_ref was; gamma > 0 overstates every lead",
         takes_offset=True,
     ),
-    "alphapo": Objective(
+    "alphapo": OfflineLoss(
         alphapo, "pair", "arXiv 2501.03884", False, False, True,
         "at gamma = 0, pi(y) = (1 - alpha (r(y) + c) / beta)^(-|y| / alpha), whatever pi_ref was", takes_offset=True,
     ),
-    "dpo_shift": Objective(
+    "dpo_shift": OfflineLoss(
         dpo_shift, "pair", "arXiv 2502.07599", True, False, False,
         "where what an answer is pulled up as chosen, less f times what it is pushed down as rejected, is its share "
         "pi of all that is left over; DPO's optimum at f = 1",
     ),
-    "wpo": Objective(
+    "wpo": OfflineLoss(
         wpo, "pair", "arXiv 2406.11827", True, False, False,
         "pi proportional to pi_ref exp(r / beta): weights that a pair's two orders share move no optimum",
         needs_log_weight=True,
         only_differences=True,
     ),
-    "cal_dpo": Objective(
+    "cal_dpo": OfflineLoss(
         cal_dpo, "pair", "arXiv 2412.14516", True, False, False,
         "a compromise between pi_ref exp(r) and log-ratios of (P(y beats mu) - 1/2) / beta",
     ),
-    "sppo": Objective(
+    "sppo": OfflineLoss(
         sppo, "pair", "arXiv 2405.00675", True, False, False,
         "mu(y) (rho(y) - (P(y beats mu) - 1/2) / beta) is in proportion to pi(y): nearly pi_ref exp(P(y beats mu) / "
         "beta), less its normaliser, which the paper leaves out",
     ),
-    "dpo_norm": Objective(
+    "dpo_norm": OfflineLoss(
         dpo_norm, "pair", "arXiv 2411.15124", True, False, True,
         "pi proportional to pi_ref exp(|y| (r + c) / beta): a reward is worth more to a longer answer",
         takes_offset=True,
     ),
-    "exo": Objective(
+    "exo": OfflineLoss(
         exo, "pair", "arXiv 2402.00856", True, False, False,
         "each answer's leads beta (rho(y) - rho(y')) are, as weighted by how undecided they are, those of "
         "(2 p - 1) log((1 - eps) / eps)",
         only_differences=True,
     ),
-    "discopop": Objective(
+    "discopop": OfflineLoss(
         discopop, "pair", "arXiv 2406.08414", True, False, False,
         "where the pulls of every answer's pairs balance: near DPO's optimum for a wide tau; for a narrow one pairs "
         "that raters are not sure of rest a little below 0, in the wrong order",
         only_differences=True,
     ),
-    "fdpo_alpha": Objective(
+    "fdpo_alpha": OfflineLoss(
         fdpo_alpha, "pair", "arXiv 2309.16240", True, False, False,
         "pi = pi_ref (1 - alpha (r + c) / beta)^(-1 / alpha): the optimum of the reward less beta times the "
         "alpha-divergence; alpha = 1 is the forward KL's", takes_offset=True,
     ),
-    "fdpo_js": Objective(
+    "fdpo_js": OfflineLoss(
         fdpo_js, "pair", "arXiv 2309.16240", True, False, False,
         "pi = pi_ref / (2 exp(-(r + c) / beta) - 1): the optimum of the reward less beta times the Jensen-Shannon "
         "divergence", takes_offset=True,
     ),
-    "nca": Objective(
+    "nca": OfflineLoss(
         nca, "pair", "arXiv 2402.05369", True, False, False,
         "what an answer is pulled up by as chosen, less what it is held back by, is in proportion to pi",
     ),
-    "bco_pair": Objective(
+    "bco_pair": OfflineLoss(
         bco_pair, "pair", "arXiv 2404.04656", True, False, False,
         "what an answer is pulled up by as chosen, less what it is pushed down by as rejected, is in proportion to "
         "pi: nearly pi_ref (wins / losses)^(1 / beta), less its normaliser, which nothing takes off",
     ),
-    "apo_zero": Objective(
+    "apo_zero": OfflineLoss(
         apo_zero, "pair", "arXiv 2408.06266", True, False, False,
         "no mass on answers that are rejected more often than chosen; the others share it",
     ),
-    "apo_down": Objective(
+    "apo_down": OfflineLoss(
         apo_down, "pair", "arXiv 2408.06266", True, False, False,
         "all mass on one answer of each prompt: every answer is to fall below pi_ref, and all but one can",
     ),
-    "aot": Objective(
+    "aot": OfflineLoss(
         aot, "pair", "arXiv 2406.05882", True, False, False,
         "where the pulls of every answer's pairs balance, each pair's lead beside the reference's at the same rank "
         "of the batch: near DPO's optimum", only_differences=True, of_batch=True,
     ),
-    "aot_unpaired": Objective(
+    "aot_unpaired": OfflineLoss(
         aot_unpaired, "pair", "arXiv 2406.05882", True, False, False,
         "all mass on one answer of each prompt, not always the best: which answer lost to which is not read; for few "
         "steps", of_batch=True,
     ),
-    "orpo": Objective(
+    "orpo": OfflineLoss(
         orpo, "pair", "arXiv 2403.07691", False, False, True,
         "a compromise between the chosen answers' distribution (per token) and the odds term's own optimum, "
         "pi(y) = sigma(r(y) + c)^|y|", has_likelihood_term=True,
     ),
-    "cpo": Objective(
+    "cpo": OfflineLoss(
         cpo, "pair", "arXiv 2401.08417", False, False, False,
         "a compromise between pi proportional to exp(r / beta) and the chosen answers' distribution q; "
         "whatever pi_ref was", has_likelihood_term=True,
     ),
-    "kto": Objective(
+    "kto": OfflineLoss(
         kto, "feedback", "arXiv 2402.01306", True, False, False,
         "no mass on answers whose weighted dislikes outnumber their weighted likes; the others share it, less those "
         "that fell too low on the way for the saturated sigmoid to recover",
     ),
-    "apo_zero_unpaired": Objective(
+    "apo_zero_unpaired": OfflineLoss(
         apo_zero_unpaired, "feedback", "arXiv 2408.06266", True, False, False,
         "no mass on answers whose weighted dislikes outnumber their weighted likes; the others share it, less those "
         "that fell too low on the way for the saturated sigmoid to recover",
     ),
-    "bco": Objective(
+    "bco": OfflineLoss(
         bco, "feedback", "arXiv 2404.04656", True, False, False,
         "pi proportional to pi_ref exp(r / beta) when likes are sigma(r - r0) and r0 is half-way between the mean "
         "rewards of liked and disliked answers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -76,20 +77,26 @@ class PairLogp(NamedTuple):
         )  # fmt: skip
 
 
-def pair_logp(
-    chosen: Float[Tensor, "B T"],
-    chosen_mask: Bool[Tensor, "B T"],
-    rejected: Float[Tensor, "B S"],
-    rejected_mask: Bool[Tensor, "B S"],
-    *,
-    ref_chosen: Float[Tensor, "B T"] | None = None,
-    ref_rejected: Float[Tensor, "B S"] | None = None,
-    chosen_kl: Float[Tensor, "B T"] | None = None,
-    rejected_kl: Float[Tensor, "B S"] | None = None,
-    chosen_log_weight: Float[Tensor, "B T"] | None = None,
-    rejected_log_weight: Float[Tensor, "B S"] | None = None,
-    tails: bool = False,
-) -> PairLogp:
+@dataclass(frozen=True, slots=True)
+class AnswerLogp:
+    """One of the two answers of each pair, token by token: log-probabilities (nats) and the mask of what counts.
+
+    `ref` are the reference's log-probabilities, `kl` the divergences KL(pi_ref(. | s_t) || pi(. | s_t)), and
+    `log_weight` is log pi(y_t) - log sum_v pi(v | s_t)^2, each None where the loss does not need it."""
+
+    logp: Float[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]
+    ref: Float[Tensor, "B T"] | None = None
+    kl: Float[Tensor, "B T"] | None = None
+    log_weight: Float[Tensor, "B T"] | None = None
+
+    @property
+    def count(self) -> Int[Tensor, " B"]:
+        """How many tokens count."""
+        return self.mask.sum(-1)
+
+
+def pair_logp(chosen: AnswerLogp, rejected: AnswerLogp, *, tails: bool = False) -> PairLogp:
     """Sum per-token log-probabilities (and divergences) over the tokens that count: the one place for masks.
 
     `tails` asks for the sums beyond the length that both answers share too.
@@ -98,37 +105,33 @@ def pair_logp(
     def total(x: Tensor | None, mask: Tensor) -> Tensor | None:
         return None if x is None else masked_sum(x, mask, -1)
 
-    chosen_length, rejected_length = chosen_mask.sum(-1).to(chosen.dtype), rejected_mask.sum(-1).to(chosen.dtype)
+    chosen_length, rejected_length = chosen.count.to(chosen.logp.dtype), rejected.count.to(chosen.logp.dtype)
     log_weight = None
-    if chosen_log_weight is not None and rejected_log_weight is not None:
-        sides = (
-            (chosen_log_weight, chosen_mask, chosen_length),
-            (rejected_log_weight, rejected_mask, rejected_length),
-        )
-        log_weight = sum(
-            (masked_sum(x, mask, -1) / length.clamp(min=1) for x, mask, length in sides), start=chosen.new_zeros(())
-        )
-        log_weight = log_weight.detach()
-    tail: dict[str, Tensor | None] = {}
-    if tails:
-        shared = torch.minimum(chosen_mask.sum(-1), rejected_mask.sum(-1))
-        tail_w, tail_l = beyond(chosen_mask, shared), beyond(rejected_mask, shared)
-        tail = {
-            "chosen_tail": total(chosen, tail_w), "rejected_tail": total(rejected, tail_l),
-            "ref_chosen_tail": total(ref_chosen, tail_w), "ref_rejected_tail": total(ref_rejected, tail_l),
-        }  # fmt: skip
+    if chosen.log_weight is not None and rejected.log_weight is not None:
+        w = masked_sum(chosen.log_weight, chosen.mask, -1) / chosen_length.clamp(min=1)
+        l = masked_sum(rejected.log_weight, rejected.mask, -1) / rejected_length.clamp(min=1)  # noqa: E741
+        log_weight = (w + l).detach()
     pair = PairLogp(
-        masked_sum(chosen, chosen_mask, -1),
-        masked_sum(rejected, rejected_mask, -1),
+        masked_sum(chosen.logp, chosen.mask, -1),
+        masked_sum(rejected.logp, rejected.mask, -1),
         chosen_length,
         rejected_length,
-        total(ref_chosen, chosen_mask),
-        total(ref_rejected, rejected_mask),
-        total(chosen_kl, chosen_mask),
-        total(rejected_kl, rejected_mask),
+        ref_chosen=total(chosen.ref, chosen.mask),
+        ref_rejected=total(rejected.ref, rejected.mask),
+        chosen_kl=total(chosen.kl, chosen.mask),
+        rejected_kl=total(rejected.kl, rejected.mask),
         log_weight=log_weight,
     )
-    return pair._replace(**tail)
+    if not tails:
+        return pair
+    shared = torch.minimum(chosen.count, rejected.count)
+    tail_w, tail_l = beyond(chosen.mask, shared), beyond(rejected.mask, shared)
+    return pair._replace(
+        chosen_tail=total(chosen.logp, tail_w),
+        rejected_tail=total(rejected.logp, tail_l),
+        ref_chosen_tail=total(chosen.ref, tail_w),
+        ref_rejected_tail=total(rejected.ref, tail_l),
+    )
 
 
 def as_batch(pair: PairLogp, weight: Float[Tensor, " N"], agreement: Float[Tensor, " N"] | None = None) -> BatchLogp:

@@ -18,6 +18,7 @@ from torch.nn.functional import logsigmoid, relu
 from steersman.loss.anchored import apo_down, apo_zero, bco_pair, cal_dpo, nca, sppo
 from steersman.loss.f_divergence import fdpo_alpha, fdpo_js
 from steersman.loss.pairs import (
+    AnswerLogp,
     Explain,
     PairLogp,
     as_batch,
@@ -37,6 +38,7 @@ from steersman.loss.reference_free import alphapo, cpo, hinge, log_odds, orpo, s
 from steersman.loss.transport import aot, aot_unpaired
 
 __all__ = [
+    "AnswerLogp",
     "Explain",
     "PairLogp",
     "alphapo",

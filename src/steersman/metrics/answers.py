@@ -12,8 +12,9 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal
 
+from steersman.guards.asked_process import AskedProcess
+from steersman.metrics import math_process
 from steersman.metrics.core import MetricInput, Scorer, check_script
-from steersman.metrics.math_process import MathProcess
 from steersman.metrics.stems import stem
 from steersman.ops.text import by_character, words
 from steersman.types import SteersmanError
@@ -151,16 +152,17 @@ def math_equal(completion: str, answer: str) -> bool:
     if _TOO_LARGE.search(given) or _TOO_LARGE.search(wanted):
         return False
     listed = _as_list(given)
-    verdict = _math_process().ask(f"${listed}$" if listed else given, _as_list(wanted) or wanted)
-    if verdict is None or verdict.has_answer:
-        return verdict is not None and verdict.equal
+    question = {"given": f"${listed}$" if listed else given, "wanted": _as_list(wanted) or wanted}
+    verdict = _math_process().ask(question)
+    if verdict is None or verdict["has_answer"]:
+        return verdict is not None and verdict["equal"]
     numbers = _NUMBER.findall(given)
     return bool(numbers) and target is not None and _as_number(numbers[-1]) == target
 
 
 @cache
-def _math_process() -> MathProcess:
-    return MathProcess()
+def _math_process() -> AskedProcess:
+    return AskedProcess(math_process.__file__, math_process.LIMIT)
 
 
 def _signed(written: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from steersman.guards.untrusted import LONE_SURROGATE
 from steersman.guards.user_code import user_code
 from steersman.ops.text import by_character, uncut, words
+from steersman.statistics.intervals import DRAWS, normal_interval, percentile_interval, resampled_sums
 from steersman.types import SteersmanError
 
 Cut = Literal["words", "space"]
@@ -24,7 +25,6 @@ CUTS: dict[Cut, Callable[[str], list[str]]] = {"words": words, "space": lambda t
 """How a text becomes tokens, lower case: `ops.text.words`, or at white space, for text that is tokenised already."""
 
 Better = Literal["higher", "lower", "neither"]
-DRAWS, LEVEL = 1000, 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,14 +244,11 @@ def name_errors(name: str) -> Iterator[None]:
         ) from error
 
 
-def bootstrap(
-    statistics: np.ndarray, value: Callable[[np.ndarray], np.ndarray], name: str, *, draws: int = DRAWS, seed: int = 0
-) -> Corpus:
+def bootstrap(statistics: np.ndarray, value: Callable[[np.ndarray], np.ndarray], name: str) -> Corpus:
     """Percentile interval of a value that is a function of the rows' summed statistics.
 
-    `statistics` [N, K] has one row per text; `value` turns sums [D, K] into values [D]. Each draw takes N rows
-    with replacement, from a stream that `seed` fixes. For sums only the counts of the rows matter, so no text is
-    scored twice, and one draw's counts are in memory at a time.
+    `statistics` [N, K] has one row per text; `value` turns sums [D, K] into values [D]. Each of `DRAWS` draws takes
+    N rows with replacement; no text is scored twice. The random stream is fixed.
     Source: Efron 1979; Koehn 2004 for corpus metrics of text.
     """
     n = len(statistics)
@@ -260,16 +257,14 @@ def bootstrap(
         raise SteersmanError(f"metric '{name}': the value over {n} texts is {point}, not a finite number")
     if n < 2:
         return Corpus(point, math.nan, math.nan, n)
-    rng = np.random.default_rng(seed)
-    sums = np.stack([np.bincount(rng.integers(n, size=n), minlength=n) @ statistics for _ in range(draws)])
-    low, high = np.quantile(value(sums), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Corpus(point, float(low), float(high), n)
+    sums = np.stack(list(resampled_sums(statistics, DRAWS)))
+    return Corpus(point, *percentile_interval(value(sums)), n)
 
 
 def jackknife(whole: MetricInput, value: Callable[[MetricInput], float], name: str, *, groups: int = 20) -> Corpus:
     """Normal interval of a value that no resampling with repeats can give, such as a share of distinct n-grams.
 
-        se^2 = (G - 1) / G * sum_g (value without group g - their mean)^2        value +- 1.96 se
+        se^2 = (G - 1) / G * sum_g (value without group g - their mean)^2        value +- z se
 
     A text that is drawn twice would repeat itself, so the bootstrap is biased there; leaving groups out is not.
     Row i is in group i mod G. Source: Efron and Tibshirani 1993, ch. 11 (delete-d jackknife).
@@ -282,8 +277,8 @@ def jackknife(whole: MetricInput, value: Callable[[MetricInput], float], name: s
     without = np.array([value(whole.rows([i for i in range(n) if i % G != g])) for g in range(G)])
     if not np.isfinite(without).all():  # too few texts are left without a group
         return Corpus(point, math.nan, math.nan, n)
-    half = 1.96 * math.sqrt((G - 1) / G * float(((without - without.mean()) ** 2).sum()))
-    return Corpus(point, point - half, point + half, n)
+    error = math.sqrt((G - 1) / G * float(((without - without.mean()) ** 2).sum()))
+    return Corpus(point, *normal_interval(point, error), n)
 
 
 def check_script(

@@ -23,9 +23,10 @@ FREE = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
     "megatron_core", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+    "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
-"""Settings of peft that leave an adapter what is added up here: s B A, with DoRA's lengths, and modules in a copy."""
+"""Settings of peft that leave an adapter what is added up here: s B A on a layer's weight or on one that is no
+layer's, with DoRA's lengths, and modules in a copy."""
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Ways to begin an adapter that leave the base as it is (PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do not)."""
 
@@ -76,6 +77,8 @@ def saved_lora(path: str) -> dict[str, Any] | None:
     if not isinstance(told, dict) or told.get("peft_type") != "LORA":
         return None
     r, alpha, targets = told.get("r"), told.get("lora_alpha"), told.get("target_modules")
+    if weights := told.get("target_parameters"):
+        targets = [*(targets or ()), *weights]
     whole = [name for name in told.get("modules_to_save") or () if name not in HEADS]
     if type(r) is not int or r < 1 or not isinstance(alpha, int | float) or alpha <= 0:
         return None
@@ -151,9 +154,9 @@ def not_plain_layers(source: str, names: list[str]) -> SteersmanError:
 
 def _not_plain(what: str) -> str:
     return (
-        f"{what}: only plain LoRA and DoRA on linear layers, Conv1D and embeddings can go on here or be merged; "
-        "merge these adapters into their model with peft first (merge_and_unload, save_pretrained), and give the "
-        "folder that this writes"
+        f"{what}: only plain LoRA and DoRA on linear layers, Conv1D, embeddings and experts can go on here or be "
+        "merged; merge these adapters into their model with peft first (merge_and_unload, save_pretrained), and give "
+        "the folder that this writes"
     )
 
 

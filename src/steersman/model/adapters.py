@@ -101,13 +101,15 @@ def write_adapters(scalar: Any, folder: Path) -> None:
 
 def _write_files(scalar: Any, folder: Path, state: dict[str, torch.Tensor]) -> None:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
 
     config: Any = copy.copy(next(iter(scalar.trunk.peft_config.values())))
     head = sorted({name.split(".")[0] for name, _ in _named(scalar)} - {scalar.trunk_name})
     config.task_type, config.inference_mode = "SEQ_CLS", True
     config.modules_to_save = [*(config.modules_to_save or ()), *head]
     # by name: a pattern over the trunk's names would not match those of the whole classifier, which peft asks
-    config.target_modules = [name for name, part in scalar.trunk.named_modules() if isinstance(part, LoraLayer)]
+    parts = [(name, part) for name, part in scalar.trunk.named_modules() if isinstance(part, LoraLayer)]
+    config.target_modules = [name for name, part in parts if not isinstance(part, ParamWrapper)]
     config.base_model_name_or_path = scalar.model.name_or_path
     config.save_pretrained(str(folder))
     save_file(state, folder / WEIGHTS)

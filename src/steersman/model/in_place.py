@@ -9,23 +9,30 @@ them stays with the process: a model of 135M parameters took twice the memory th
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from steersman.model.fast.linear import LINEAR, quicken_linear
+from steersman.model.module_forward import ModuleForward
 from steersman.model.quantise import is_quantised
 
-KINDS = {("Linear", kind.__name__, "Parameter") for kind in LINEAR} | {("Linear4bit", "Linear4bit", "Params4bit")}
-"""Layers whose output no other tensor shares memory with, so that it may be added to."""
+KINDS = {(adapted, kind.__name__, "Parameter") for adapted in ("Linear", "ParamWrapper") for kind in LINEAR}
+KINDS |= {("Linear4bit", "Linear4bit", "Params4bit")}
+"""Layers whose output no other tensor shares memory with, so that it may be added to. A `ParamWrapper` would add B A
+into the weight of its layer at every call, and past what stands in for that layer while a model samples."""
+HALF = (torch.bfloat16, torch.float16)
 
 
 def add_in_place(model: nn.Module) -> None:
     """Lets every linear layer with adapters, plain or in 4 bits, compute y = W x + s B A x in one tensor of y's size.
 
-    The adapters' own matrices become fast layers too, which do not keep what a norm or a gate gave them. Layers of
-    other kinds, with other adapters (DoRA), in mixed precision, sharded or merged do what peft does.
+    The adapters' own matrices become fast layers too, which do not keep what a norm or a gate gave them. Where the
+    base computes in half precision, so do float32 adapters: their products take A and B rounded, as under autocast,
+    and no layer keeps a float32 copy of its input; gradients and updates are those of the float32 matrices. Layers
+    of other kinds, with other adapters (DoRA), sharded or merged do what peft does.
     """
     if "peft" not in sys.modules:
         return
@@ -34,7 +41,7 @@ def add_in_place(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, LoraLayer) and _kinds(module) in KINDS:
             quicken_linear(module)
-            module.forward = partial(_forward, module)
+            module.forward = ModuleForward(_forward, module)
 
 
 def _kinds(layer: Any) -> tuple[str, str, str]:
@@ -51,18 +58,21 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     rows = x.flatten(0, -2)
     out = layer.base_layer(rows)
     for name in names:
-        low = layer.lora_A[name](layer.lora_dropout[name](rows))
-        out = out.addmm_(low, layer.lora_B[name].weight.t(), alpha=layer.scaling[name])
+        first, read = layer.lora_A[name], layer.lora_dropout[name](rows)
+        low = first(read) if first.weight.dtype == x.dtype else functional.linear(read, first.weight.to(x.dtype))
+        out = out.addmm_(low, layer.lora_B[name].weight.to(x.dtype).t(), alpha=layer.scaling[name])
     return out.unflatten(0, x.shape[:-1])
 
 
 def _plain(layer: Any, name: str, x: Tensor) -> bool:
-    """Whether the adapter is two matrices of the base's precision and nothing more."""
-    weights = [layer.lora_A[name].weight, layer.lora_B[name].weight]
-    if not is_quantised(layer.base_layer):  # which gives what it is given
-        weights.append(layer.base_layer.weight)
+    """Whether the adapter is two matrices, of the base's precision or of float32 on a base in half precision, and
+    nothing more."""
+    base = layer.base_layer.weight
+    adapters = [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    wider = {torch.float32} if x.dtype in HALF else set()
     return (
         name not in layer.lora_variant
         and layer.lora_B[name].bias is None
-        and all(type(w) is nn.Parameter and w.dtype == x.dtype for w in weights)
+        and (is_quantised(layer.base_layer) or (type(base) is nn.Parameter and base.dtype == x.dtype))
+        and all(type(w) is nn.Parameter and w.dtype in {x.dtype} | wider for w in adapters)
     )

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from steersman.distributed.micro import micro_batches
 from steersman.types import SteersmanError, Tokens, send
 
 
@@ -98,23 +99,11 @@ def spread(packed: Tensor, slots: Bool[Tensor, "B W"]) -> Tensor:
     return packed.new_zeros(slots.numel()).index_copy(0, places, packed).view(slots.shape)
 
 
-def length_groups(length: Int[Tensor, " B"], max_tokens: int) -> list[Tensor]:
-    """Rows sorted by length, in groups of at most `max_tokens` tokens with their padding (or one row)."""
-    order = length.argsort(stable=True)
-    groups, begin, lengths = [], 0, length[order].tolist()
-    for i, n in enumerate(lengths):
-        if i > begin and (i + 1 - begin) * n > max_tokens:
-            groups.append(order[begin:i])
-            begin = i
-    return [*groups, order[begin:]]
-
-
 def in_groups(
     tokens: Tokens, max_tokens: int | None, run: Callable[[Tokens], tuple[Tensor, ...]], width: int
 ) -> tuple[Tensor, ...]:
-    """`run` over the batch; without gradients in groups of like length, put back in order in `[B, width]`."""
-    whole = max_tokens is None or torch.is_grad_enabled()
-    groups = [] if whole else length_groups(tokens.length, max_tokens)  # type: ignore[arg-type]
+    """`run` over the batch; without gradients in micro-batches, put back in order in `[B, width]`."""
+    groups = [] if max_tokens is None or torch.is_grad_enabled() else micro_batches(tokens.length, max_tokens)
     if len(groups) < 2:
         return run(tokens)
     out: tuple[Tensor, ...] = ()

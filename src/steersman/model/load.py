@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from steersman.model.policy import Policy
 from steersman.model.quantise import Quantise
 from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
 from steersman.model.source import (
+    Loading,
     find,
     own_code,
     read_config,
@@ -33,6 +35,7 @@ from steersman.model.source import (
     router_notes,
     stored_dtype,
 )
+from steersman.run.device import resolve_device
 from steersman.types import SteersmanError
 
 HEADS = tuple(
@@ -42,7 +45,7 @@ HEADS = tuple(
 )
 """Weights of the heads of sequence classifiers."""
 
-WIDE = ("t5", "mt5", "umt5", "longt5")
+BFLOAT16_FAMILIES = ("t5", "mt5", "umt5", "longt5")
 """Families whose activations outgrow float16: they were trained in bfloat16."""
 
 _log = logging.getLogger("steersman.model")
@@ -73,49 +76,54 @@ def load_policy(
     critic is none), weights are missing, the tokenizer is missing, has no end token or has more ids than the model
     has embeddings, or saved adapters are not plain LoRA or DoRA, or not of the model that they name.
     """
-    source, local = find(path)
-    told = adapter_notes(source) if local and is_adapters(source) else None
+    what = Loading(*find(path), dtype, _device(device), attention, trust_remote_code, quantise)
+    told = adapter_notes(what.source) if _holds_adapters(what) else None
     if told is not None and told.of_scalar:
-        raise _no_text(source)
-    base, base_local = (source, local) if told is None else _base(source, told)
+        raise _no_text(what.source)
+    base = what if told is None else _base(what, told)
     notes: list[str] = []
-    config = read_config(base, base_local, notes, trust=trust_remote_code)
-    if is_classifier(config):
-        raise _no_text(base)
-    pair, stored = config.is_encoder_decoder, stored_dtype(config)
-    known = hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else hf.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) not in known and type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        raise SteersmanError(
-            f"{base}: a model of type '{config.model_type}' reads images beside text, and no verb passes a "
-            "processor's pixels beside the token ids; give a language model, such as the one that it was built on"
+    config = read_config(base.source, base.local, notes, trust=base.trust)
+    stored = stored_dtype(config)
+    _require_writer(base, config)
+    if dtype == "float16" and config.model_type in BFLOAT16_FAMILIES:
+        notes.append(
+            f"{base.source}: {config.model_type} models are known to overflow in float16; use bfloat16 or float32"
         )
-    if type(config) not in known and not (trust_remote_code and "AutoModelForCausalLM" in own_code(config)):
-        raise SteersmanError(
-            f"{base}: a model of type '{config.model_type}' is not a causal language model, nor an encoder with a "
-            "decoder; give a decoder model such as a GPT-2, Llama, Qwen or Gemma, or a T5 or BART"
-        )
-    if dtype == "float16" and config.model_type in WIDE:
-        notes.append(f"{base}: {config.model_type} models are known to overflow in float16; use bfloat16 or float32")
         _log.warning(notes[-1])
-    speaks = source if _has_tokenizer(source) else base
-    tokenizer = read_tokenizer(speaks, speaks == source or base_local, trust=trust_remote_code)
-    model, info = read_weights(
-        hf.AutoModelForSeq2SeqLM if pair else hf.AutoModelForCausalLM, base, base_local, config, dtype, attention,
-        trust=trust_remote_code, quantise=quantise, device=_device(device),
-    )  # fmt: skip
-    require_complete(base, model, info)
-    require_vocabulary(speaks, tokenizer, model)
+    speaks = what if _has_tokenizer(what.source) else base
+    tokenizer = read_tokenizer(speaks.source, speaks.local, trust=speaks.trust)
+    auto = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
+    model, info = read_weights(auto, config, base)
+    require_complete(base.source, model, info)
+    require_vocabulary(speaks.source, tokenizer, model)
     policy = Policy(model, tokenizer, pack=pack)
-    policy.notes, policy.stored_dtype = [*notes, *router_notes(base, config)], stored
+    policy.notes, policy.stored_dtype = [*notes, *router_notes(base.source, config)], stored
     if told is not None:
-        policy.register_adapters(load_lora(model, source, trainable=trainable))
+        policy.register_adapters(load_lora(model, what.source, trainable=trainable))
         policy.starts_adapted = True
-        policy.notes.append(_from_folder(source, told, model))
+        policy.notes.append(_from_folder(what.source, told, model))
     if lora is not None:
         policy.adapt(lora)
-    if not trainable:
-        policy.requires_grad_(False)
-    return policy
+    return policy if trainable else policy.requires_grad_(False)
+
+
+def _require_writer(what: Loading, config: Any) -> None:
+    """Raises SteersmanError for a config that is of no language model, causal or encoder-decoder."""
+    if is_classifier(config):
+        raise _no_text(what.source)
+    known = hf.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else hf.MODEL_FOR_CAUSAL_LM_MAPPING
+    if type(config) in known:
+        return
+    if type(config) in hf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise SteersmanError(
+            f"{what.source}: a model of type '{config.model_type}' reads images beside text, and no verb passes a "
+            "processor's pixels beside the token ids; give a language model, such as the one that it was built on"
+        )
+    if not (what.trust and "AutoModelForCausalLM" in own_code(config)):
+        raise SteersmanError(
+            f"{what.source}: a model of type '{config.model_type}' is not a causal language model, nor an encoder "
+            "with a decoder; give a decoder model such as a GPT-2, Llama, Qwen or Gemma, or a T5 or BART"
+        )
 
 
 def load_scalar(
@@ -137,29 +145,30 @@ def load_scalar(
 
     Raises SteersmanError as `load_policy` does, and if the head of a classifier does not give exactly one number.
     """
-    source, local = find(path)
-    if local and is_adapters(source):
-        return _adapted(  # type: ignore[return-value]
-            source, init, dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code, quantise=quantise,
-        )  # fmt: skip
+    what = Loading(*find(path), dtype, _device(device), attention, trust_remote_code, quantise)
+    model = _scalar(what, init)
+    return model if trainable else model.requires_grad_(False)
+
+
+def _scalar(what: Loading, init: str) -> ScalarModel:
+    """What `load_scalar` gives, trainable."""
+    if _holds_adapters(what):
+        return _adapted(what, init)  # type: ignore[return-value]
     notes: list[str] = []
-    config = read_config(source, local, notes, trust=trust_remote_code)
+    config = read_config(what.source, what.local, notes, trust=what.trust)
     meaning = Meaning.of(config)
     # the trunk of a model of several attributes is what a critic can begin from
     fresh = init == "fresh" or not is_classifier(config) or len(meaning.attributes) > 1
     if not fresh and config.num_labels != 1:
         raise SteersmanError(
-            f"{source}: config.num_labels is {config.num_labels}, but a reward model or critic must give exactly "
-            "one number. If it was saved by mistake with the default of 2, train it again with num_labels=1; to "
-            "keep the trunk and start a new head, load it with init='fresh'"
+            f"{what.source}: config.num_labels is {config.num_labels}, but a reward model or critic must give "
+            "exactly one number. If it was saved by mistake with the default of 2, train it again with "
+            "num_labels=1; to keep the trunk and start a new head, load it with init='fresh'"
         )
     stored = stored_dtype(config)
-    how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
-    model, tokenizer = _classifier(source, local, config, 1, fresh, dtype, attention, notes, how)
-    scalar = ScalarModel(model, tokenizer)
+    scalar = ScalarModel(*_classifier(what, config, 1, fresh=fresh, notes=notes))
     scalar.notes, scalar.stored_dtype = notes, stored
-    return scalar if trainable else scalar.requires_grad_(False)
+    return scalar
 
 
 def load_reward(
@@ -179,59 +188,65 @@ def load_reward(
 
     Raises SteersmanError as `load_scalar` does, and where a saved model has other attributes than those asked for.
     """
-    source, local = find(path)
-    if local and is_adapters(source):
-        return _adapted(
-            source, "auto", dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code, quantise=quantise,
-        )  # fmt: skip
+    what = Loading(*find(path), dtype, _device(device), attention, trust_remote_code, quantise)
+    model = _reward(what, attributes)
+    return model if trainable else model.requires_grad_(False)
+
+
+def _reward(what: Loading, attributes: Sequence[str]) -> ScalarModel | AttributeModel | GatedModel:
+    """What `load_reward` gives, trainable."""
+    if _holds_adapters(what):
+        return _adapted(what, "auto")
     notes: list[str] = []
-    config = read_config(source, local, notes, trust=trust_remote_code)
+    config = read_config(what.source, what.local, notes, trust=what.trust)
     meaning = Meaning.of(config)
     wanted = tuple(attributes) or meaning.attributes
     if len(wanted) < 2:
-        return load_scalar(
-            path, dtype=dtype, device=device, attention=attention, trainable=trainable,
-            trust_remote_code=trust_remote_code, quantise=quantise,
-        )  # fmt: skip
+        return _scalar(what, "auto")
     fresh = len(meaning.attributes) < 2
     if not fresh and wanted != meaning.attributes:
         raise SteersmanError(
-            f"{source}: a reward model of {', '.join(meaning.attributes)}, but the data rates {', '.join(wanted)}; "
-            "name the same attributes in the same order in data.scores, or start from its language model"
+            f"{what.source}: a reward model of {', '.join(meaning.attributes)}, but the data rates "
+            f"{', '.join(wanted)}; name the same attributes in the same order in data.scores, or start from its "
+            "language model"
         )
     stored = stored_dtype(config)
-    how = {"trust": trust_remote_code, "quantise": quantise, "device": _device(device)}
-    model, tokenizer = _classifier(source, local, config, len(wanted), fresh, dtype, attention, notes, how)
     kinds = {ENSEMBLE: EnsembleModel, BOTTLENECK: BottleneckModel, GENERAL: GeneralPreferenceModel}
     kind = GatedModel if meaning.gating else kinds.get(meaning.kind, AttributeModel)
-    loaded = kind(model, tokenizer, wanted)
-    loaded.read_beside(Path(source))
+    loaded = kind(*_classifier(what, config, len(wanted), fresh=fresh, notes=notes), wanted)
+    loaded.read_beside(Path(what.source))
     loaded.notes, loaded.stored_dtype = notes, stored
-    return loaded if trainable else loaded.requires_grad_(False)
+    return loaded
 
 
-def _adapted(source: str, init: str, *, trainable: bool, **how: Any) -> ScalarModel | AttributeModel | GatedModel:
+def _adapted(what: Loading, init: str) -> ScalarModel | AttributeModel | GatedModel:
     """The reward model or critic whose adapters and head lie in a folder, on the model that it names."""
+    source = what.source
     told, found = adapter_notes(source), adapted_folder(source)
     if init == "fresh":
         raise SteersmanError(f"{source}: adapters with a head of their own; for a new head name {found.base}")
-    several, base = len(found.meaning.attributes) > 1, _base(source, told)[0]
-    model = (
-        load_reward(base, attributes=found.meaning.attributes, **how)
-        if several
-        else load_scalar(base, init="fresh", **how)
-    )
+    base, attributes = _base(what, told), found.meaning.attributes
+    model = _reward(base, attributes) if len(attributes) > 1 else _scalar(base, "fresh")
     if _has_tokenizer(source):
-        model.tokenizer = read_tokenizer(source, local=True, trust=how["trust_remote_code"])
+        model.tokenizer = read_tokenizer(source, local=True, trust=what.trust)
         require_vocabulary(source, model.tokenizer, model.model)
     model.means(found.meaning)
     put_adapters(model, source)
     model.notes.append(_from_folder(source, told, model.model))
-    return model if trainable else model.requires_grad_(False)
+    return model
 
 
-def _base(source: str, told: AdapterNotes) -> tuple[str, bool]:
+def _holds_adapters(what: Loading) -> bool:
+    return what.local and is_adapters(what.source)
+
+
+def _base(what: Loading, told: AdapterNotes) -> Loading:
+    """The model that a folder of adapters names, loaded as they are. Raises SteersmanError where it is not there."""
+    source, local = _find_base(what.source, told)
+    return replace(what, source=source, local=local)
+
+
+def _find_base(source: str, told: AdapterNotes) -> tuple[str, bool]:
     """Where the model lies that a folder of adapters names. Raises SteersmanError where it is not there."""
     try:
         return find(told.base)
@@ -261,7 +276,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model, without the model. Raises SteersmanError where there is none."""
     source, local = find(path)
     if local and is_adapters(source) and not _has_tokenizer(source):
-        source, local = _base(source, adapter_notes(source))
+        source, local = _find_base(source, adapter_notes(source))
     return read_tokenizer(source, local, trust=trust_remote_code)
 
 
@@ -287,20 +302,10 @@ def is_classifier(config: Any) -> bool:
     return any("ForSequenceClassification" in name for name in config.architectures or [])
 
 
-def _classifier(
-    source: str,
-    local: bool,
-    config: Any,
-    outputs: int,
-    fresh: bool,
-    dtype: str,
-    attention: str | None,
-    notes: list[str],
-    how: dict[str, Any],
-) -> tuple[Any, Any]:
+def _classifier(what: Loading, config: Any, outputs: int, *, fresh: bool, notes: list[str]) -> tuple[Any, Any]:
     """A sequence classifier with so many outputs, its head all zeros where it is `fresh`, and the tokenizer."""
-    trust = how["trust"]
-    own = trust and "AutoModelForSequenceClassification" in own_code(config)
+    source = what.source
+    own = what.trust and "AutoModelForSequenceClassification" in own_code(config)
     if type(config) not in hf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and not own:
         raise SteersmanError(
             f"{source}: there is no sequence classifier of type '{config.model_type}', so it can not be a reward "
@@ -310,8 +315,8 @@ def _classifier(
     config.num_labels = outputs
     if fresh:
         Meaning.forget(config)
-    tokenizer = read_tokenizer(source, local, trust=trust)
-    model, info = read_weights(hf.AutoModelForSequenceClassification, source, local, config, dtype, attention, **how)
+    tokenizer = read_tokenizer(source, what.local, trust=what.trust)
+    model, info = read_weights(hf.AutoModelForSequenceClassification, config, what)
     require_complete(source, model, info, HEADS if fresh else ())
     require_outputs(model, outputs)
     if fresh:
@@ -323,4 +328,4 @@ def _classifier(
 
 
 def _device(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return resolve_device("auto" if device is None else str(device))

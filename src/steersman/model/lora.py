@@ -5,7 +5,6 @@ peft is imported where adapters are: it takes seconds, and most runs have none.
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from steersman.model.adapter_files import (
     same_as_base,
 )
 from steersman.model.in_place import add_in_place
+from steersman.model.lora_targets import ALL_LINEAR, adapted_names, find_targets, named_targets
 from steersman.model.merge import adapters_left_out
 from steersman.model.quantise import unquantised
 from steersman.types import SteersmanError
@@ -38,10 +38,12 @@ _log = logging.getLogger("steersman.model")
 class LoraConfig:
     """W + (alpha / r) B A, with A of r rows; B starts at zero, so training starts from the model as it is.
 
-    `targets` are names of linear layers, a regular expression over whole names, or "all-linear" for all but the
-    output layer. `train_whole` names modules that are trained as they are, in a copy. `dropout` acts on what the
-    adapters read, where gradients are asked for and nowhere else: the log-probabilities of training are random then.
-    `dora` learns each row's length beside its direction; `rslora` scales by alpha / sqrt(r).
+    `targets` are names of linear layers or of the stacked matrices of experts (`gate_up_proj`), a regular expression
+    over whole names, or "all-linear" for all of them but the output layer and what routes tokens to experts. Each
+    expert has an A and a B of its own. `train_whole` names modules that are trained as they are, in a copy. `dropout`
+    acts on what the adapters read, where gradients are asked for and nowhere else: the log-probabilities of training
+    are random then. `dora` learns each row's length beside its direction; `rslora` scales by alpha / sqrt(r). Neither
+    `dropout` nor `dora` goes with experts.
 
     Source: arXiv 2106.09685, section 4.1; DoRA 2402.09353, eq. 5; rsLoRA 2312.03732, section 3.
     """
@@ -49,7 +51,7 @@ class LoraConfig:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: str | list[str] = "all-linear"
+    targets: str | list[str] = ALL_LINEAR
     dora: bool = False
     rslora: bool = False
     train_whole: tuple[str, ...] = ()
@@ -58,12 +60,14 @@ class LoraConfig:
 def add_lora(model: Any, config: LoraConfig) -> PeftModel:
     """Puts adapters on the model in place; everything else is frozen.
 
-    Raises SteersmanError where `targets` match no layer, or the output layer.
+    Raises SteersmanError where `targets` match no layer, or the output layer, and where dropout or DoRA is asked for
+    on experts.
     """
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     with _naming_targets(model, config):
         adapters = with_adapters(model, _settings(model, config, task))
     settle(model)
+    _require_mergeable(model)
     _require_plain_output(model)
     return adapters  # type: ignore[return-value]
 
@@ -90,6 +94,7 @@ def add_lora_to_trunk(trunk: Any, config: LoraConfig) -> None:
     with _naming_targets(trunk, config):
         peft.inject_adapter_in_model(_settings(trunk, config, "FEATURE_EXTRACTION"), trunk)
     settle(trunk)
+    _require_mergeable(trunk)
 
 
 @unquantised()
@@ -97,12 +102,15 @@ def _settings(model: Any, config: LoraConfig, task: str) -> Any:
     import peft
     from transformers.pytorch_utils import Conv1D
 
+    found = find_targets(model, config.targets)
+    _require_plain_on_weights(found.weights, config.dropout, dora=config.dora)
     return peft.LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # a float does, whatever its annotation says
         lora_dropout=config.dropout,
-        target_modules=config.targets,
-        exclude_modules=_routers(model) + _read_by_weight(model) or None,
+        target_modules=found.layers,
+        target_parameters=found.weights or None,
+        exclude_modules=found.left_out or None,
         use_dora=config.dora,
         use_rslora=config.rslora,
         modules_to_save=list(config.train_whole) or None,
@@ -111,48 +119,25 @@ def _settings(model: Any, config: LoraConfig, task: str) -> Any:
     )
 
 
-def _routers(model: nn.Module) -> list[str]:
-    """Linear layers to which a family gave a forward pass that is no plain product, such as a router that gives
-    indices too: an adapter can not be added to that."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and type(module).forward is not nn.Linear.forward
-        and type(module).__module__.startswith("transformers.models.")
-        and not _is_product(module)
-    ]
+def _require_plain_on_weights(weights: list[str], dropout: float, *, dora: bool) -> None:
+    """Raises SteersmanError where dropout or DoRA is asked for on weights that are no layer's: peft adds B A into
+    them, so that there is no input to drop and no row whose length could be learned."""
+    asked = [name for name, on in (("dropout", dropout > 0), ("dora", dora)) if on]
+    if weights and asked:
+        raise SteersmanError(
+            f"lora.{asked[0]} can not act on the weights of a mixture of experts ({', '.join(weights[:3])}); leave "
+            f"it out, or name in lora.targets the layers that are to be adapted, such as those of attention "
+            "([q_proj, k_proj, v_proj, o_proj])"
+        )
 
 
-def _read_by_weight(model: nn.Module) -> list[str]:
-    """Layers of Mamba's mixers of which kernels read the weight alone: an adapter beside it would do nothing."""
-    return [
-        f"{name}.{part}"
-        for name, mixer in model.named_modules()
-        if isinstance(getattr(mixer, "conv1d", None), nn.Conv1d)
-        and isinstance(getattr(mixer, "D", None), nn.Parameter)
-        for part in ("out_proj", "dt_proj")
-        if isinstance(getattr(mixer, part, None), nn.Linear)
-    ]
-
-
-@torch.no_grad()
-def _is_product(module: nn.Linear) -> bool:
-    """Whether the layer gives the product of its input and its weight, plus its bias. One without weights is asked
-    with some."""
-    if module.weight.is_meta:
-        module = copy.deepcopy(module).to_empty(device="cpu")
-        for p in module.parameters():
-            p.copy_(torch.linspace(-1.0, 1.0, p.numel(), device="cpu").view_as(p))
-    x = torch.linspace(-1.0, 1.0, module.in_features, device="cpu").to(module.weight)[None]
-    try:
-        found = module(x)
-    except (TypeError, ValueError, RuntimeError):  # it takes more than one input, or another shape
-        return False
-    wanted = nn.functional.linear(x, module.weight, module.bias)
-    return (
-        torch.is_tensor(found) and found.shape == wanted.shape and torch.allclose(found, wanted, rtol=1e-2, atol=1e-3)
-    )
+def _require_mergeable(model: nn.Module) -> None:
+    """Raises SteersmanError where adapters were put on something that saving could not add them to."""
+    if odd := adapters_left_out(model):
+        raise SteersmanError(
+            f"lora.targets name {', '.join(odd[:3])}, on which adapters could be trained and not be merged; name "
+            "other layers"
+        )
 
 
 class LearningDropout(nn.Dropout):
@@ -202,7 +187,7 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
     Raises SteersmanError where they can not be read, are not plain LoRA or DoRA, do not fit the model, or are on the
     output layer.
     """
-    from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.save_and_load import get_peft_model_state_dict
 
     settings, saved = adapter_settings(folder, trainable=trainable), adapter_tensors(folder)
     with fitting(folder, model):
@@ -214,7 +199,7 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
     state = adapters.state_dict()
     own = {name: x for name, x in saved.items() if name in here or not same_as_base(name, x, state)}
     require_fit(folder, model.name_or_path, here, own)
-    set_peft_model_state_dict(adapters, own)
+    _put(here, own)
     _require_plain_output(model)
     return adapters
 
@@ -236,6 +221,7 @@ def go_on(model: nn.Module, settings: Any, asked: LoraConfig) -> list[str]:
     what to say where that is not what was asked for. `settings` are peft's, which saving writes."""
     from peft.tuners.lora import LoraLayer
 
+    _require_plain_on_weights(sorted(settings.target_parameters or ()), asked.dropout, dora=False)
     settings.lora_dropout = asked.dropout
     for module in list(model.modules()):
         if isinstance(module, LoraLayer):
@@ -248,15 +234,20 @@ def go_on(model: nn.Module, settings: Any, asked: LoraConfig) -> list[str]:
         "rslora": (settings.use_rslora, asked.rslora),
         "train_whole": (sorted(settings.modules_to_save or []), sorted(asked.train_whole)),
     }
-    if asked.targets != "all-linear":
-        have, want = (x if isinstance(x, str) else sorted(x) for x in (settings.target_modules, asked.targets))
-        pairs["targets"] = (have, want)
+    if asked.targets != ALL_LINEAR and adapted_names(model) != named_targets(model, asked.targets):
+        pairs["targets"] = tuple(x if isinstance(x, str) else sorted(x) for x in (_targets(settings), asked.targets))
     told = [f"{name} {have} (asked for: {want})" for name, (have, want) in pairs.items() if have != want]
     if not told:
         return []
     said = f"model.lora: the saved adapters go on as they are, with {', '.join(told)}; of these settings dropout acts"
     _log.warning(said)
     return [said]
+
+
+def _targets(settings: Any) -> Any:
+    """What peft's settings name, as `targets` do."""
+    weights = list(settings.target_parameters or ())
+    return [*settings.target_modules, *weights] if weights else settings.target_modules
 
 
 def adapter_state(adapters: PeftModel) -> dict[str, Tensor]:
@@ -268,9 +259,16 @@ def adapter_state(adapters: PeftModel) -> dict[str, Tensor]:
 
 def take_adapter_state(adapters: PeftModel, state: dict[str, Tensor]) -> None:
     """Puts tensors of such names in the place of the adapters' own; one that is missing stays as it was."""
-    from peft.utils.save_and_load import set_peft_model_state_dict
+    here = adapter_state(adapters)
+    _put(here, {name: x for name, x in state.items() if name in here})
 
-    set_peft_model_state_dict(adapters, state)
+
+@torch.no_grad()
+def _put(here: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Copies tensors into those of the same names. peft's own way renames some by the family's rules for whole
+    models first, and leaves them out without a word where they have no place then (Laguna's shared experts)."""
+    for name, x in state.items():
+        here[name].copy_(x)
 
 
 def _require_plain_output(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ def merged_state(model: nn.Module, *, with_adapters: bool = True) -> dict[str, T
 
 def adapters_left_out(model: nn.Module) -> list[str]:
     """Names of the modules whose adapters `merged_entries` would add to no weight: of another kind than LoRA, or with
-    more than a layer's weight to add to (a bias, an expert's matrix that is no layer)."""
+    more than a layer's weight to add to (a bias)."""
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -49,12 +50,24 @@ def adapters_left_out(model: nn.Module) -> list[str]:
     def left_out(name: str, module: nn.Module) -> bool:
         if isinstance(module, LoraLayer):
             biased = any(isinstance(part, nn.Linear) and part.bias is not None for part in module.lora_B.values())
-            return biased or f"{name}.base_layer.weight" not in weights
+            return biased or adapted_weight(name, module) not in weights
         if isinstance(module, AuxiliaryTrainingWrapper):
             return not isinstance(module, ModulesToSaveWrapper)
         return isinstance(module, BaseTunerLayer)
 
     return [name for name, module in model.named_modules() if left_out(name, module)]
+
+
+def adapted_weight(name: str, layer: Any) -> str:
+    """The name, in a state dict, of the weight that the adapters of a layer of this name add to. Several may lie
+    around one module of experts, each for a matrix of it."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+    name, layer = f"{name}.base_layer", layer.base_layer
+    while isinstance(layer, ParamWrapper):
+        name, layer = f"{name}.base_layer", layer.base_layer
+    return f"{name}.{leaf}"
 
 
 def merged_entries(model: nn.Module, *, with_adapters: bool = True) -> Iterator[Entry]:
@@ -68,15 +81,17 @@ def merged_entries(model: nn.Module, *, with_adapters: bool = True) -> Iterator[
     if odd := adapters_left_out(model):
         raise SteersmanError(
             f"the adapters on {', '.join(odd[:3])} can not be merged here: they are not plain LoRA or DoRA on the "
-            "weight of a layer; merge them with peft (merge_and_unload)"
+            "weight of a layer or of experts; merge them with peft (merge_and_unload)"
         )
     special: dict[str, Callable[[], Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
+            place = adapted_weight(name, module)
             base: Any = module.get_base_layer()
             whole = merged_weight if with_adapters else lambda _, weight: weight
-            special[f"{name}.base_layer.weight"] = lambda layer=module, base=base, whole=whole: whole(
-                layer, dense(base)
+            leaf = place.rpartition(".")[2]
+            special[place] = lambda layer=module, base=base, leaf=leaf, whole=whole: whole(
+                layer, dense(base) if leaf == "weight" else getattr(base, leaf)
             )
         elif is_quantised(module):
             special.setdefault(f"{name}.weight", lambda module=module: dense(module))
@@ -84,7 +99,7 @@ def merged_entries(model: nn.Module, *, with_adapters: bool = True) -> Iterator[
     for name, tensor in model.state_dict(keep_vars=True).items():
         if ".lora_" in name or _beside(name, special) or any(f"{n}.original_module." in name for n in trained_whole):
             continue
-        plain = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+        plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".modules_to_save.default.", ".")
         if name in special:
             yield plain, torch.empty(0, dtype=tensor.dtype), torch.no_grad()(special[name])
         else:

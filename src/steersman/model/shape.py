@@ -13,7 +13,7 @@ from steersman.model.adapter_files import adapter_notes, saved_lora
 from steersman.model.adapters import adapted_folder, is_adapters
 from steersman.model.lora import LoraConfig, add_lora, add_lora_to_trunk
 from steersman.model.meaning import Meaning
-from steersman.model.source import NOTHING, STATE, find, read_config
+from steersman.model.source import STATE_LAYERS, STATELESS_LAYERS, find, read_config
 from steersman.types import SteersmanError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -208,8 +208,8 @@ def _inner(text: Any) -> int:
 
 def key_widths(text: Any) -> list[int]:
     """Numbers of a token's keys, and as many of its values, in each layer of a text config that keeps its own: layers
-    may differ (Gemma 4), the last ones may read those of layers before (Gemma 3n), and some keep a state (`STATE`) or
-    nothing."""
+    may differ (Gemma 4), the last ones may read those of layers before (Gemma 3n), and some keep a state
+    (`STATE_LAYERS`) or nothing."""
     return [keys * size for _, keys, size in _heads(text, own_layers(text))]
 
 
@@ -228,5 +228,5 @@ def _heads(text: Any, layers: int) -> list[tuple[int, int, int]]:
             getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads,
         )
         for kind, layer in zip(kinds[:layers], text.per_layer_config, strict=False)
-        if kind not in (*STATE, *NOTHING)
+        if kind not in (*STATE_LAYERS, *STATELESS_LAYERS)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,39 @@ from steersman.run import device
 from steersman.types import SteersmanError
 
 DTYPES = device.DTYPES | {"auto": "auto"}
-NOISE = ("dropout", "pdrop", "layerdrop", "drop_path")
+DROPOUT_NAMES = ("dropout", "pdrop", "layerdrop", "drop_path")
 """Parts of the names of config fields that make a forward pass in training mode random. A router's jitter is
 none: routers stay in evaluation mode, and PhiMoE weighs its experts by it there too."""
 
-STATE = ("linear_attention", "conv")
+STATE_LAYERS = ("linear_attention", "conv")
 """Kinds of layers that carry a state from token to token, and no keys."""
-NOTHING = ("mlp", "moe")
+STATELESS_LAYERS = ("mlp", "moe")
 """Kinds of layers that keep nothing of the text before."""
-KINDS = {"full_attention", "sliding_attention", "hybrid", *STATE, *NOTHING}
+LAYER_KINDS = {"full_attention", "sliding_attention", "hybrid", *STATE_LAYERS, *STATELESS_LAYERS}
 """Kinds of layers that can be trained and sampled from."""
-ALIBI = ("bloom", "mpt")
-UNCACHED = ("openai-gpt", "hrm_text", "minimax")
+ALIBI_FAMILIES = ("bloom", "mpt")
+UNCACHED_FAMILIES = ("openai-gpt", "hrm_text", "minimax")
 """Families without a cache of one key and value, or of one state, a layer, by which responses are sampled."""
 
 _log = logging.getLogger("steersman.model")
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """A model that is to be loaded, and how.
+
+    `source` is a folder (`local`) or a hub name. `dtype` names the precision, `attention` one of transformers'
+    implementations (None: its choice), `quantise` how the linear layers are stored. With `trust` Python code that
+    comes with the model is run.
+    """
+
+    source: str
+    local: bool
+    dtype: str
+    device: torch.device
+    attention: str | None
+    trust: bool
+    quantise: Quantise
 
 
 def find(path: str | Path, marks: Sequence[str] = ("config.json", "adapter_config.json")) -> tuple[str, bool]:
@@ -118,12 +137,12 @@ def require_family(source: str, config: Any) -> None:
     """Raises SteersmanError for a family whose layers do not take rows laid side by side, nor the rollout's cache:
     those without attention, and those whose positions are a slope of the attention mask."""
     text = config.get_text_config(decoder=True)
-    odd = sorted(set(getattr(text, "layer_types", None) or []) - KINDS)
-    if config.model_type in ALIBI or getattr(text, "alibi", False):
+    odd = sorted(set(getattr(text, "layer_types", None) or []) - LAYER_KINDS)
+    if config.model_type in ALIBI_FAMILIES or getattr(text, "alibi", False):
         why = "its positions are slopes of the attention mask (ALiBi)"
     elif odd:
         why = f"it has layers of kind {', '.join(odd)}"
-    elif config.model_type in UNCACHED:
+    elif config.model_type in UNCACHED_FAMILIES:
         why = "it has no cache of one key and value, or of one state, a layer, by which responses are sampled"
     elif not (hasattr(text, "num_attention_heads") or getattr(text, "layer_types", None)):
         why = "it has no attention"
@@ -176,7 +195,7 @@ def dropout_off(config: Any) -> dict[str, float]:
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             # GPT-2's summary head, which has a dropout of its own, is not a part of any role
-            noisy = any(word in key for word in NOISE) and not key.startswith("summary")
+            noisy = any(word in key for word in DROPOUT_NAMES) and not key.startswith("summary")
             if noisy and isinstance(value, float) and value > 0:
                 setattr(part, key, 0.0)
                 changed[key] = value
@@ -213,26 +232,16 @@ def read_tokenizer(source: str, local: bool, *, trust: bool = False) -> Any:
     return tokenizer
 
 
-def read_weights(
-    auto: Any,
-    source: str,
-    local: bool,
-    config: Any,
-    dtype: str,
-    attention: str | None,
-    *,
-    trust: bool = False,
-    quantise: Quantise = "none",
-    device: torch.device,
-) -> tuple[Any, dict[str, Any]]:
-    """The model of class `auto` on the `device`, and what its loading tells; its linear layers are in 4 or 8 bits
+def read_weights(auto: Any, config: Any, what: Loading) -> tuple[Any, dict[str, Any]]:
+    """The model of class `auto` on its device, and what its loading tells; its linear layers are in 4 or 8 bits
     where the folder holds them so or `quantise` asks for it.
 
     Raises SteersmanError where weights can not be read, or are quantised by another method than bitsandbytes.
     """
+    source, dtype, quantise = what.source, what.dtype, what.quantise
     if dtype not in DTYPES:
         raise SteersmanError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    more: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    more: dict[str, Any] = {} if what.attention is None else {"attn_implementation": what.attention}
     keep = ["score", "classification_head"] if "Sequence" in auto.__name__ else None
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
@@ -243,22 +252,22 @@ def read_weights(
         more["quantization_config"] = quantisation(quantise, getattr(torch, dtype), keep)
     quantised = stored is not None or quantise != "none"
     if quantised:
-        more["device_map"] = {"": device}
+        more["device_map"] = {"": what.device}
     try:
         with silence():
             model, info = auto.from_pretrained(
                 source,
                 config=config,
                 dtype=DTYPES[dtype],
-                local_files_only=local,
-                trust_remote_code=trust,
+                local_files_only=what.local,
+                trust_remote_code=what.trust,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are in the loading info, and refused below by name
                 **more,
             )
             if quantised:
                 finish_quantisation(model)
-            return model if quantised else model.to(device), info
+            return model if quantised else model.to(what.device), info
     except Exception as error:  # each weight format has errors of its own
         raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error
 

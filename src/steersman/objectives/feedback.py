@@ -24,7 +24,7 @@ from steersman.objectives.batch import right, rounding, weight_of
 from steersman.run.progress import with_progress
 from steersman.setup.reference import Readings, Reference, answer_logp, answer_logp_now
 from steersman.statistics.estimates import auc
-from steersman.train.held_prompts import HeldPrompts
+from steersman.train.reference_looks import ReferenceLooks
 from steersman.train.tally import Tally
 from steersman.types import Stats, send
 
@@ -143,10 +143,10 @@ class FeedbackObjective:
         held_out: EncodedSet[Feedback] | None,
         config: KTOConfig | BCOConfig,
         micro_tokens: int,
-        watch: HeldPrompts | None = None,
+        looks: ReferenceLooks | None = None,
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
-        self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
+        self.config, self.micro_tokens, self.looks = config, micro_tokens, looks
         self.context = context_length(policy.model)
         self.readings = Readings([(reference, 1.0)], micro_tokens)
         self.reference_logp: dict[int, Tensor] = {}
@@ -194,7 +194,7 @@ class FeedbackObjective:
     @torch.no_grad()
     def evaluate(self) -> Stats:
         """The same numbers on held-out answers, how often a liked one outranks a disliked one, and held prompts."""
-        stats = {"threshold": self.threshold} | ({} if self.watch is None else self.watch.look())
+        stats = {"threshold": self.threshold} | ({} if self.looks is None else self.looks.look())
         if self.held_out is None:
             return stats
         tally, found, cost = Tally(), [], torch.tensor(self.held_out.lengths)

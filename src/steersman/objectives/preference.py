@@ -20,6 +20,7 @@ from steersman.data import EncodedSet, Preference, TrainingSet, collate_pairs
 from steersman.distributed.micro import my_micro_batches
 from steersman.loss.pairs import BatchLogp
 from steersman.loss.preference import (
+    AnswerLogp,
     Explain,
     PairLogp,
     as_batch,
@@ -43,7 +44,7 @@ from steersman.setup.reference import (
     divergence,
     shared_lengths,
 )
-from steersman.train.held_prompts import HeldPrompts
+from steersman.train.reference_looks import ReferenceLooks
 from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, send
 
@@ -51,7 +52,7 @@ from steersman.types import Stats, Tokens, send
 class PairObjective:
     """The objective: the mean of a pair loss, both answers (and the gold one, where it is asked for) in one forward.
 
-    `watch` answers held prompts at every look at held-out data. With an `anchor`, a second frozen policy and its
+    `looks` answers held prompts at every look at held-out data. With an `anchor`, a second frozen policy and its
     share, the reference is the geometric mixture of both: log pi_ref = (1 - share) log reference + share log anchor,
     up to a number per prompt, which no pair feels.
     """
@@ -64,11 +65,11 @@ class PairObjective:
         held_out: EncodedSet[Preference] | None,
         config: PairLossConfig,
         micro_tokens: int,
-        watch: HeldPrompts | None = None,
+        looks: ReferenceLooks | None = None,
         anchor: tuple[Reference, float] | None = None,
     ) -> None:
         self.module, self.reference, self.train, self.held_out = policy, reference, train, held_out
-        self.config, self.micro_tokens, self.watch = config, micro_tokens, watch
+        self.config, self.micro_tokens, self.looks = config, micro_tokens, looks
         self.tails, self.answers = config.ld_alpha != 1, 3 if config.gold_nll else 2
         references: list[tuple[Reference, float]] = []
         if config.needs_reference and not config.needs_full_kl:
@@ -153,7 +154,7 @@ class PairObjective:
     @torch.no_grad()
     def evaluate(self) -> Stats:
         """The same numbers on held-out pairs, and what the policy says to held prompts."""
-        told = {} if self.watch is None else self.watch.look()
+        told = {} if self.looks is None else self.looks.look()
         if self.held_out is None:
             return told
         self._look(self.held_out, range(len(self.held_out.groups)), [1.0] * len(self.held_out.groups))
@@ -176,12 +177,10 @@ class PairObjective:
         if self.config.needs_full_kl:
             ref, kl = self._divergence(tokens, hidden)
         own = self._own(tokens, hidden, logp) if self.config.needs_log_weight else None
-        pair = pair_logp(
-            logp[w], mask[w], logp[l], mask[l],
-            chosen_log_weight=None if own is None else own[w], rejected_log_weight=None if own is None else own[l],
-            ref_chosen=None if ref is None else ref[w], ref_rejected=None if ref is None else ref[l],
-            chosen_kl=None if kl is None else kl[w], rejected_kl=None if kl is None else kl[l], tails=self.tails,
-        )  # fmt: skip
+        chosen, rejected = (
+            AnswerLogp(logp[at], mask[at], *(None if x is None else x[at] for x in (ref, kl, own))) for at in (w, l)
+        )
+        pair = pair_logp(chosen, rejected, tails=self.tails)
         if sums is not None:
             pair = _with_reference(pair, send(sums, logp.device))
         if self.batch is not None:
@@ -194,8 +193,7 @@ class PairObjective:
         loss, explain = soft_labelled(self.config.of_pair, pair, share)
         if self.config.explore:
             told = torch.tensor([_of_reference(e) for e in examples], dtype=logp.dtype)
-            chosen, rejected = send(told, logp.device).unbind(1)
-            loss = loss + self.config.explore * reference_answer(pair, chosen, rejected)
+            loss = loss + self.config.explore * reference_answer(pair, *send(told, logp.device).unbind(1))
         explained = _told(pair, explain, majority(_agreement(data, rows)))
         if self.config.gold_nll:
             loss = loss + self.config.gold_nll * gold_nll(logp[gold], mask[gold])

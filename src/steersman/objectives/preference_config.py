@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from steersman.config.sections import Section
-from steersman.loss.offline import LOSSES, Objective
+from steersman.loss.offline import LOSSES, OfflineLoss
 from steersman.loss.preference import Explain, PairLogp, chosen_nll, desensitised
 
 PairLossName = Literal[
@@ -127,7 +127,7 @@ class PairLossConfig(Section):
                     raise ValueError(f"{name}: {key} is {value}; it must be {said}")
 
     @property
-    def entries(self) -> dict[str, Objective]:
+    def entries(self) -> dict[str, OfflineLoss]:
         """Every loss of the mixture by its name, loss.name in front."""
         return {name: LOSSES[name] for name in (self.name, *self.also)}
 
@@ -176,7 +176,7 @@ class PairLossConfig(Section):
         return {key: value for key, value in self.settings.items() if key in known}
 
 
-def _settings_of(entry: Objective) -> list[str]:
+def _settings_of(entry: OfflineLoss) -> list[str]:
     """The names of a loss's own numbers: its function's keyword-only parameters."""
     parameters = inspect.signature(entry.function).parameters.values()
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]

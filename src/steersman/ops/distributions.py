@@ -16,6 +16,8 @@ LEAST_TEMPERATURE = 0.01
 
 SORT_BELOW = 1024
 """Up to this vocabulary one full sort is cheaper than looking at the head of the distribution first."""
+SORTED = 1 << 24
+"""Logits that are sorted at a time: with their places and sums these take some 400 MiB."""
 
 
 def top_k_mask(logits: Float[Tensor, "*lead V"], k: int) -> Bool[Tensor, "*lead V"]:
@@ -32,7 +34,8 @@ def top_p_mask(logits: Float[Tensor, "*lead V"], p: float, min_tokens_to_keep: i
     """The nucleus: the smallest set of most likely tokens whose mass reaches p.
 
     The token that crosses p is kept; at least `min_tokens_to_keep` are. p >= 1 allows every token.
-    For a large vocabulary only the head is sorted, and only rows whose head does not reach p look further.
+    For a large vocabulary only the head is sorted, and only rows whose head does not reach p look further; of those
+    whose whole vocabulary is sorted, so many at a time that memory stays small.
 
     Source: arXiv 1904.09751, eq. 2 and 3.
     """
@@ -49,22 +52,28 @@ def top_p_mask(logits: Float[Tensor, "*lead V"], p: float, min_tokens_to_keep: i
     allowed = torch.zeros_like(flat, dtype=torch.bool)
     rows = torch.arange(flat.shape[0], device=flat.device)
     head = V if V <= SORT_BELOW else min(V, max(256, min_tokens_to_keep))
-    while rows.numel():
-        some = flat[rows]
-        if head == V:
-            value, index = some.sort(dim=-1, descending=True, stable=True)
-        else:
-            value, index = some.topk(head, dim=-1)
-        mass = (value - log_z[rows]).exp()
-        cumulative = mass.cumsum(-1)
-        keep = cumulative - mass < p  # the mass before a token is still short of p
-        keep[:, :min_tokens_to_keep] = True
-        reached = (cumulative[:, -1] >= p) | (head == V)
-        kept = torch.zeros_like(some, dtype=torch.bool).scatter_(-1, index, keep)
-        allowed[rows[reached]] = kept[reached]
+    while head < V and rows.numel():
+        some = flat if len(rows) == len(flat) else flat[rows]
+        value, index = some.topk(head, dim=-1)
+        keep, mass = _keep_until(p, value - log_z[rows], min_tokens_to_keep)
+        reached = mass >= p
+        allowed[rows[reached]] = torch.zeros_like(some, dtype=torch.bool).scatter_(-1, index, keep)[reached]
         rows = rows[~reached]
         head = V if head * 16 >= V else head * 16
+    for part in rows.split(max(1, SORTED // V)):
+        value, index = flat[part].sort(dim=-1, descending=True, stable=True)
+        keep, _ = _keep_until(p, value - log_z[part], min_tokens_to_keep)
+        allowed[part] = torch.zeros_like(value, dtype=torch.bool).scatter_(-1, index, keep)
     return allowed.reshape(logits.shape)
+
+
+def _keep_until(p: float, logp: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
+    """Which of the likeliest tokens, in falling order, come before the mass p is reached, and the mass of all [B]."""
+    mass = logp.exp()
+    cumulative = mass.cumsum(-1)
+    keep = cumulative - mass < p
+    keep[:, :at_least] = True
+    return keep, cumulative[:, -1]
 
 
 def min_p_mask(logits: Float[Tensor, "*lead V"], min_p: float) -> Bool[Tensor, "*lead V"]:

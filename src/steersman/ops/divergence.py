@@ -35,9 +35,9 @@ DIVERGENCES: tuple[Divergence, ...] = get_args(Divergence)
 
 TILE = {"cpu": 8 << 20, "accelerator": 256 << 20}
 """Bytes of one tile of logits, rows x vocabulary; about six of them live at once."""
-NOTHING = 1e-30
+NEGLIGIBLE_GRADIENT = 1e-30
 """Gradients up to this size become 0: denormal numbers make a CPU's products many times slower."""
-FAINT = -30.0
+MIN_UNLISTED_LOGP = -30.0
 """The least log-probability of all that a teacher did not list, where a student has nothing left there."""
 
 
@@ -251,7 +251,7 @@ class _Rows:
 
 def _with_tail(logp: Tensor, ids: Tensor) -> Tensor:
     """log-probabilities of the listed tokens, and of all others together."""
-    others = logp.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=FAINT)
+    others = logp.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True).clamp(min=MIN_UNLISTED_LOGP)
     return torch.cat([logp.gather(1, ids), others], -1)
 
 
@@ -277,6 +277,6 @@ class _LinearDivergence(torch.autograd.Function):
         for a, b in rows.student.rows():
             found = rows.outcomes(a, b)
             du = rows.per_token(found) * upstream[a:b, None]
-            gradient.add(torch.nn.functional.hardshrink(du, NOTHING), found.slope, a, b, 0, rows.width)
+            gradient.add(torch.nn.functional.hardshrink(du, NEGLIGIBLE_GRADIENT), found.slope, a, b, 0, rows.width)
             gradient.finish_rows(a, b)
         return *gradient.result(), None

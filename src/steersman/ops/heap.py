@@ -16,7 +16,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-EVERY = 128 << 20
+RELEASE_BYTES = 128 << 20
 """Bytes freed from which they are given back; each time takes some milliseconds."""
 _freed = 0
 _needed = 0
@@ -31,7 +31,7 @@ def freed(size: int, *, growing: bool = True) -> None:
     """
     global _freed, _needed
     _freed += size
-    if _freed >= EVERY and (growing or resident() > _needed):
+    if _freed >= RELEASE_BYTES and (growing or resident() > _needed):
         _freed = 0
         give_back()
         _needed = max(_needed, resident())

@@ -24,9 +24,9 @@ from torch.nn import functional
 from steersman.ops.heap import freed
 from steersman.ops.recompute import maker, output
 
-LEAST = 1 << 22
+MIN_ONEDNN_PRODUCT = 1 << 22
 """Multiplications from which a product is given to oneDNN: below, its start costs more than it saves."""
-WORTH = 1 << 18
+MIN_RECOMPUTED = 1 << 18
 """Numbers from which an input is computed again and not kept: below, it is not worth its time."""
 PLAIN = (Tensor, nn.Parameter)
 
@@ -36,7 +36,7 @@ def linear(x: Float[Tensor, "*lead I"], weight: Float[Tensor, "O I"], bias: Tens
 
     Differentiable once where the product is large, or its input is and can be computed again.
     """
-    if not (takes(x, weight) and (_much(x, weight) or x.numel() >= WORTH)):
+    if not (takes(x, weight) and (_much(x, weight) or x.numel() >= MIN_RECOMPUTED)):
         return functional.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or _learns(bias)):
         made_by = maker(x) if weight.requires_grad else None
@@ -114,7 +114,7 @@ def _learns(bias: Tensor | None) -> bool:
 
 
 def _much(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() * weight.shape[0] >= LEAST
+    return x.numel() * weight.shape[0] >= MIN_ONEDNN_PRODUCT
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 
 
 def is_loopback(host: str) -> bool:
@@ -20,6 +21,13 @@ def host_names(host: str) -> list[str]:
     its own; elsewhere it is any name (`*`).
     """
     return ["127.0.0.1", "localhost", "[::1]", in_url(host)] if is_loopback(host) else ["*"]
+
+
+def trusted_proxies() -> str:
+    """The addresses of proxies whose X-Forwarded headers are believed, for uvicorn: what `FORWARDED_ALLOW_IPS` names,
+    and none where it is not set. uvicorn's own default is this machine, on which any program may write any client's
+    address into its requests."""
+    return os.environ.get("FORWARDED_ALLOW_IPS", "")
 
 
 def in_url(host: str) -> str:

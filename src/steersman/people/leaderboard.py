@@ -19,7 +19,7 @@ from steersman.people.judgements import Judgement
 from steersman.people.sources import open_judgements
 from steersman.run.console import new_console
 from steersman.statistics.ratings import Battle, Rating, ratings
-from steersman.statistics.style import FEATURES, ControlledRatings, StyledBattle, controlled_ratings, style
+from steersman.statistics.style import FEATURES, ControlledRatings, controlled_ratings, style
 from steersman.types import SteersmanError
 
 
@@ -59,11 +59,9 @@ def run(recipe: LeaderboardRecipe) -> dict[str, Any]:
     if anchor not in fought:
         raise SteersmanError(f"anchor: {anchor!r} was never judged; there are {', '.join(sorted(set(fought)))}")
     features = [name for name in FEATURES if name in recipe.features]
-    wanted = [FEATURES.index(name) for name in features]
-    chosen = [StyledBattle(b.first, b.second, b.share, tuple(b.style[i] for i in wanted), b.group) for b in battles]
     settings: dict[str, Any] = {"anchor": anchor, "draws": recipe.draws, "seed": recipe.seed}
-    plain = ratings([Battle(b.first, b.second, b.share, b.group) for b in battles], **settings)
-    fair = controlled_ratings(chosen, features=features, **settings)
+    plain = ratings(battles, **settings)
+    fair = controlled_ratings(battles, features=features, **settings)
     summary = {
         "verb": "leaderboard", "finished": True, "battles": len(battles), "ratings": [r.plain() for r in plain],
         "style_controlled": [r.plain() for r in fair.ratings],
@@ -75,7 +73,7 @@ def run(recipe: LeaderboardRecipe) -> dict[str, Any]:
     return summary
 
 
-def style_battles(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[StyledBattle]:
+def style_battles(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[Battle]:
     """Every choice between two models with the difference of style; gold items are no battle."""
     groups: dict[str, int] = {}
     for one in rows:
@@ -83,7 +81,7 @@ def style_battles(rows: Iterable[Judgement], cluster: str = "user") -> Iterable[
             continue
         name = one.user if cluster == "user" else str(one.prompt)
         group = groups.setdefault(name, len(groups))
-        yield StyledBattle(*one.models, one.share, style(*one.answers), group)  # type: ignore
+        yield Battle(*one.models, one.share, group, style(*one.answers))  # type: ignore
 
 
 def _show(plain: list[Rating], fair: ControlledRatings, anchor: str, cluster: str, bad: BadRows) -> None:

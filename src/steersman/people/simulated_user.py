@@ -107,12 +107,12 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
         agrees = agreement(judge, people, needed=recipe.human.needed)
         ledger.table("agreement", lambda: [{"said": str(agrees), "items": agrees.items}])
         if not battles:
-            raise SteersmanError(f"no comparison is decided. {' '.join(_doubts(recipe, talks, met, battles))}")
+            raise SteersmanError(f"no comparison is decided. {' '.join(_doubts(talks, met, battles))}")
         wins = win_rates(recipe, battles)
         stats: Stats = {f"win_rate/{name}": found.value for name, found in wins.items()} | judge.stats()
         ledger.finish_round(0, stats, _shown(talks))
         _show(recipe, battles, wins, agrees)
-        for doubt in _doubts(recipe, talks, met, battles):
+        for doubt in _doubts(talks, met, battles):
             ledger.log.note(doubt, style="yellow")
         told = {name: found.plain() for name, found in wins.items()}
         return ledger.summary({"win_rates": told, "agreement": str(agrees), "checked": agrees.accuracy is not None})
@@ -219,7 +219,7 @@ def _battles(recipe: SimulateRecipe, judge: Judge, met: list[Meeting]) -> Rows:
     ]  # fmt: skip
 
 
-def _doubts(recipe: SimulateRecipe, talks: dict[str, Rows], met: list[Meeting], battles: Rows) -> list[str]:
+def _doubts(talks: dict[str, Rows], met: list[Meeting], battles: Rows) -> list[str]:
     """What a reader of the table has to know of conversations that are none, or not whole."""
     out: list[str] = []
     for name, rows in talks.items():

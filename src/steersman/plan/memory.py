@@ -24,10 +24,11 @@ from steersman.model import Policy, tables_and_adapters, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.modes import evaluation_mode
 from steersman.model.quantise import is_quantised
+from steersman.ops.heap import RELEASE_BYTES, give_back
 from steersman.ops.logprob import TILE
-from steersman.ops.products import WORTH
+from steersman.ops.products import MIN_RECOMPUTED
 from steersman.plan.made import NewStorageBytes
-from steersman.rollout.batch import Limits, live_cache_size
+from steersman.rollout.batch import Limits, live_cache_size, prefill_size
 from steersman.rollout.cache import kv_cache_bytes
 from steersman.rollout.decoder import bytes_of_states
 from steersman.rollout.fast.packed import clears, lasts, packed_bytes
@@ -39,13 +40,15 @@ from steersman.update.optimizer import OptimizerConfig
 PROBE = 64
 """Tokens of each of the longer sequences on which activations are measured, where the load's have so many; the
 shorter ones have half of them."""
-CONTEXT = 512 << 20
-"""What an accelerator's driver and libraries take of its memory."""
+CONTEXT = 1 << 30
+"""What an accelerator's driver, its libraries and the gaps of torch's allocator take: a rule of thumb."""
 WIDE = 4
 """Tensors of a layer's widest size that live at once in a forward pass without gradients, and in a layer's backward
 pass beside what was kept for it: gate, up, their product and one that is being made."""
 MAPPED = 32 << 20
 """Bytes of a block from which the C library asks the system for it and gives it back; smaller ones it keeps."""
+DISTANCE = 6
+"""Tensors of tokens x vocabulary that the exact KL of a micro-batch takes with its first and second derivative."""
 SAMPLING = 3
 """Tensors of rows x vocabulary in a step of sampling: logits, the tempered ones, cumulative weights."""
 
@@ -68,22 +71,26 @@ class Model:
 @dataclass(frozen=True, slots=True)
 class Load:
     """The largest micro-batch: `tokens` in all, in rows of `length`; `alone` where an update reads no second one, so
-    that it goes forward without gradients beside it."""
+    that it goes forward without gradients beside it. `distributions` counts the tokens whose log-probabilities over
+    the whole vocabulary an update keeps, whatever a micro-batch has: those of a step in a trust region."""
 
     tokens: int
     length: int
     alone: bool = False
+    distributions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingLoad:
-    """What is sampled in one call of the engine: `sequences` of prompts up to `longest` and so many new tokens."""
+    """What is sampled in one call of the engine: `sequences` of prompts up to `longest` and so many new tokens, at
+    least `per_prompt` of each prompt."""
 
     policy: Policy
     sequences: int
     longest: int
     new_tokens: int
     limits: Limits
+    per_prompt: int = 1
 
 
 def announce(
@@ -133,12 +140,15 @@ def foresee(
     found, kept, gaps = [], 0, 0
     if learners:
         kept, gaps = max((forward(model, load) for model in learners), key=sum)  # one backward pass after the other
-        gaps = round(gaps * min(_gaps(model.module) for model in learners)) if device.type == "cpu" else 0
+        share = min(_gaps(model.module) for model in learners) if device.type == "cpu" else 0.0
+        gaps = max(round(share * gaps), min(RELEASE_BYTES, kept)) if share else 0
         beside = max(backward(model.module, load) for model in learners)
         gradients = sum(role.gradients for role in roles)
         if load.alone and len(learners) == 1 and not ranks().deepspeed:  # they come as activations go
             gradients = max(gradients - kept, 0)
         shares = {"gradients": gradients, "activations": kept, "gaps": gaps, "backward": beside}
+        if load.distributions:
+            shares["distributions"] = _distribution_bytes(learners[0].module, load)
         found.append(Phase("update", {**held, **shares}))
     else:
         passing = max(WIDE * _widest(model.module) * load.tokens for model in models)
@@ -153,6 +163,7 @@ def foresee(
         with whole_weights(sampled.policy):  # as it samples
             shares = rollout(sampled, kept + gaps if stays else 0)
         found.append(Phase("rollout", {**held, **shares}))
+    give_back()  # what was measured with
     return found
 
 
@@ -161,7 +172,7 @@ def rollout(sampled: SamplingLoad, kept: int = 0) -> dict[str, int]:
     model, limits = sampled.policy.model, sampled.limits
     dtype, config = next(model.parameters()).dtype, model.config
     rows, columns = live_cache_size(limits.rows, sampled.longest, sampled.new_tokens, sampled.sequences)
-    reads = min(max(limits.prefill_tokens, sampled.longest), sampled.sequences * sampled.longest)
+    reads = prefill_size(limits.rows, sampled.longest, sampled.per_prompt, limits.prefill_tokens)
     cache = kv_cache_bytes(config, rows, columns, dtype) + kv_cache_bytes(config, 1, reads, dtype)
     cache += 2 * rows * bytes_of_states(model)  # of the live rows, and of a prefill
     added = folded_bytes(model) if lasts(sampled.new_tokens) else 0
@@ -224,7 +235,7 @@ def _rows_of_a_probe(module: Any, load: Load, length: int) -> int:
     less (`ops.products`)."""
     if next(module.parameters()).device.type != "cpu":
         return 1
-    large = math.ceil(WORTH / module.config.get_text_config().hidden_size / length)
+    large = math.ceil(MIN_RECOMPUTED / module.config.get_text_config().hidden_size / length)
     return max(min(large, load.tokens // length), 1)
 
 
@@ -252,9 +263,15 @@ def forward_bytes(model: Model, rows: int, length: int) -> tuple[int, int]:
     half, ids = length // 2, module.config.get_text_config().vocab_size - 1  # different prompts: none is read for two
     sequences = collate([Encoded([1 + row % ids] * half, [1] * half, [True] * half) for row in range(rows)])
     made = NewStorageBytes()
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), made:
+    luck = torch.random.fork_rng(_generators(module))
+    with luck, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), made:
         model.trained.reader.hidden(sequences)
         return sum(x.untyped_storage().nbytes() for x in seen.values()), made.total
+
+
+def _generators(module: nn.Module) -> list[torch.device]:
+    """Devices beside the CPU whose random numbers a pass over the model may draw."""
+    return [device for device in {p.device for p in module.parameters()} if device.type not in ("cpu", "meta")]
 
 
 def backward(model: nn.Module, load: Load) -> int:
@@ -262,7 +279,7 @@ def backward(model: nn.Module, load: Load) -> int:
     tiles, a quantised layer's weight as its product takes it, and a gradient of vocabulary x hidden that is made anew
     and then added to what is there already: the output layer's at the start, the embedding's after all others."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    tables = max((_bytes(p) for p in _tables(model) if p.requires_grad), default=0)
+    tables = max((_table_bytes(p) for p in _tables(model) if p.requires_grad), default=0)
     tile = TILE["cpu" if trained[0].is_cpu else "accelerator"][1]
     widened = max(
         (m.out_features * m.in_features * _wide(model) for m in _layers(model) if is_quantised(m)), default=0
@@ -270,10 +287,23 @@ def backward(model: nn.Module, load: Load) -> int:
     return WIDE * _widest(model) * load.tokens + 2 * tile + widened + tables
 
 
+def _distribution_bytes(model: Any, load: Load) -> int:
+    """Float32 numbers of tokens x vocabulary: those kept, and what the distance of a micro-batch takes twice
+    differentiated."""
+    tokens = load.distributions + DISTANCE * min(load.tokens, load.distributions)
+    return tokens * model.config.get_text_config().vocab_size * 4
+
+
 def _tables(model: Any) -> list[nn.Parameter]:
     """The matrices of vocabulary x hidden, by use: a tied one comes twice."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return [layer.weight for layer in layers if layer is not None]
+
+
+def _table_bytes(p: nn.Parameter) -> int:
+    """A gradient of vocabulary x hidden as it is made, in float32 at least; for a weight in half precision beside the
+    product that is added to it (`ops.logprob`)."""
+    return local_shard(p).numel() * (8 if p.element_size() < 4 else p.element_size())
 
 
 def _roles(models: Sequence[Model]) -> list[Role]:

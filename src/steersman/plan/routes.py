@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from steersman.plan.costs import HOST_BANDWIDTH, Verdict, moved_between_phases, waiting
 from steersman.plan.devices import Cluster
-from steersman.plan.layouts import HOST, Role, Verdict, Work, moved_between_phases, waiting
+from steersman.plan.layouts import Role, Work
 
 
 def routes(verdict: Verdict, roles: list[Role], work: Work, there: Cluster) -> list[str]:
@@ -26,13 +27,13 @@ def routes(verdict: Verdict, roles: list[Role], work: Work, there: Cluster) -> l
             )
     if come := waiting(layout, roles, work):
         found.append(
-            f"reference and reward models from the node's memory: {sum(come) / 1e9:.1f} GB / {HOST / 1e9:.0f} GB/s "
-            f"= {sum(come) / HOST:.2f} s"
+            f"reference and reward models from the node's memory: {sum(come) / 1e9:.1f} GB / "
+            f"{HOST_BANDWIDTH / 1e9:.0f} GB/s = {sum(come) / HOST_BANDWIDTH:.2f} s"
         )
     if layout.offloaded:
         moved = moved_between_phases(roles, work)
         found.append(
             f"models to the node's memory and back: {moved / 1e9:.1f} GB / {layout.shards} devices / "
-            f"{HOST / 1e9:.0f} GB/s = {verdict.seconds['move models']:.2f} s"
+            f"{HOST_BANDWIDTH / 1e9:.0f} GB/s = {verdict.seconds['move models']:.2f} s"
         )
     return found or ["no weights move between phases: every device that samples holds what it trains"]

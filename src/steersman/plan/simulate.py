@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from steersman.plan.costs import MBU, MFU, seconds
 from steersman.plan.devices import Cluster
-from steersman.plan.layouts import COMPUTE, MEMORY, Layout, Role, Work, seconds
+from steersman.plan.layouts import Layout, Role, Work
 
 HOP = 10e-6
 """Seconds until a message is at another device, in a collective: NCCL's small messages take 5 to 20 microseconds."""
@@ -107,8 +108,11 @@ def decode(share: np.ndarray, there: Cluster, role: Role, work: Work) -> float:
     steps = np.unique(np.concatenate([begin, ends]))
     live = np.searchsorted(np.sort(begin), steps[:-1], "right") - np.searchsorted(np.sort(ends), steps[:-1], "right")
     read = weights + live * shape.cache(work.prompt + share.mean() / 2, work.compute)
-    step = np.maximum(read / (device.bandwidth * MEMORY), 2 * shape.active * live / (device.flops * COMPUTE))
-    prefill = 2 * shape.active * len(share) * work.prompt / (device.flops * COMPUTE)
+    step = np.maximum(
+        read / (device.bandwidth * MBU),
+        2 * shape.active * live / (device.flops * MFU),
+    )
+    prefill = 2 * shape.active * len(share) * work.prompt / (device.flops * MFU)
     return float(prefill + (np.diff(steps) * step).sum())
 
 

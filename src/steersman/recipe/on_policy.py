@@ -118,7 +118,9 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         self._prompts_fit()
         self._models_fit()
         self._critic_fits()
-        self._rollout_fits()
+        self._samples_fit()
+        self._ahead_fits()
+        self._environment_fits()
         self._devices_fit()
         self._frozen_fit()
         return self
@@ -158,10 +160,33 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "algorithm.kl_estimator k1_to_go is for kl_in: loss; in the reward, k1 is the same gradient "
                 "(the return sums it to the end)"
             )
+        self._optimal_value_fits()
         if self.reward.whiten and algorithm.baseline == "greedy":
             raise ValueError(
                 f"reward.whiten changes the scale of returns, which {algorithm.title} compares with the greedy "
                 "response's score; use reward.normalise instead"
+            )
+
+    def _optimal_value_fits(self) -> None:
+        """What refuses values that are estimated once, from responses of the policy that training begins with."""
+        wanted = self.algorithm.optimal_value()
+        if wanted is None:
+            return
+        title = self.algorithm.title
+        if self.reference != "start":
+            raise ValueError(
+                f"reference {self.reference}: {title} draws the responses for its optimal values from the policy "
+                "before training, which must be the reference; use reference: start, and model.path for the model"
+            )
+        if self.reward.normalise or self.reward.whiten:
+            raise ValueError(
+                f"{title} compares scores with values that are estimated once, before training, and reward.normalise "
+                "and reward.whiten change the scale of scores meanwhile; remove them"
+            )
+        if wanted.solved_above is not None and self.curriculum is not None:
+            raise ValueError(
+                "algorithm.solved_above leaves prompts out for good, and curriculum draws them by how often they are "
+                "solved; remove one of the two"
             )
 
     def _models_fit(self) -> None:
@@ -274,8 +299,8 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "overlong_buffer of section reward; set these to 0, or critic.cut: end"
             )
 
-    def _rollout_fits(self) -> None:
-        """What sampling refuses: its amounts, an environment, other processes."""
+    def _samples_fit(self) -> None:
+        """What the samples refuse: their number, where their distribution was cut, another engine's."""
         algorithm, rollout = self.algorithm, self.rollout
         samples = rollout.prompts * rollout.samples
         if samples % algorithm.minibatches:
@@ -288,32 +313,10 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
                 "rollout.correction weighs steps by what rollout.recompute_logp computes, and that is off; set "
                 "rollout.recompute_logp: true, or remove correction"
             )
-        if rollout.in_flight != "finish" and not rollout.ahead:
-            raise ValueError(
-                f"rollout.in_flight {rollout.in_flight} is about answers that are sampled ahead, and rollout.ahead "
-                "is 0; give rollout.ahead at least 1, or remove in_flight"
-            )
-        paying = [name for name, part in self.reward.parts.items() if part.environment is not None]
-        if paying and self.environment is None:
-            raise ValueError(f"reward.parts.{paying[0]}.environment: the recipe has no section `environment`")
-        if self.environment is not None and self.reward.overlong_buffer:
-            raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
-        by_turn = self.environment is not None and self.environment.baseline_per == "turn"
-        if by_turn and (why := algorithm.turns_refused()):
-            raise ValueError(f"environment.baseline_per turn: {algorithm.title} {why}; use rloo or grpo, or episode")
-        if rollout.ahead and algorithm.baseline == "greedy":
-            raise ValueError(
-                f"rollout.ahead: {algorithm.title} answers each prompt greedily by the weights of the moment, which "
-                "would wait for all that is sampled ahead; use rloo, or rollout.ahead: 0"
-            )
         if rollout.engine != "inside" and algorithm.sampling_mask() is not None:
             raise ValueError(
                 f"rollout.engine {rollout.engine}: {algorithm.title} samples under the mask of a second model, which "
                 "must be in the same process; use rollout.engine: inside"
-            )
-        if rollout.ahead and self.environment is not None:
-            raise ValueError(
-                "rollout.ahead: episodes of an environment are not played ahead yet; use rollout.ahead: 0"
             )
         truncated = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
         if truncated and rollout.engine == "vllm" and not rollout.top_k:
@@ -324,6 +327,40 @@ class OnPolicyRecipe(TrainingRecipe, Generic[A]):
         if truncated and algorithm.update == "trust_region":
             raise ValueError(
                 f"{algorithm.title} measures KL over whole distributions; sample without top_k, top_p and min_p"
+            )
+
+    def _ahead_fits(self) -> None:
+        """What sampling ahead of the updates refuses, and what needs it."""
+        algorithm, rollout = self.algorithm, self.rollout
+        if not rollout.ahead:
+            if rollout.in_flight != "finish":
+                raise ValueError(
+                    f"rollout.in_flight {rollout.in_flight} is about answers that are sampled ahead, and "
+                    "rollout.ahead is 0; give rollout.ahead at least 1, or remove in_flight"
+                )
+            return
+        if algorithm.baseline == "greedy":
+            raise ValueError(
+                f"rollout.ahead: {algorithm.title} answers each prompt greedily by the weights of the moment, which "
+                "would wait for all that is sampled ahead; use rloo, or rollout.ahead: 0"
+            )
+        if self.environment is not None:
+            raise ValueError(
+                "rollout.ahead: episodes of an environment are not played ahead yet; use rollout.ahead: 0"
+            )
+
+    def _environment_fits(self) -> None:
+        """What episodes of an environment refuse, and what needs them."""
+        if self.environment is None:
+            paying = [name for name, part in self.reward.parts.items() if part.environment is not None]
+            if paying:
+                raise ValueError(f"reward.parts.{paying[0]}.environment: the recipe has no section `environment`")
+            return
+        if self.reward.overlong_buffer:
+            raise ValueError("reward.overlong_buffer counts the tokens of one response; an episode has several turns")
+        if self.environment.baseline_per == "turn" and (why := self.algorithm.turns_refused()):
+            raise ValueError(
+                f"environment.baseline_per turn: {self.algorithm.title} {why}; use rloo or grpo, or episode"
             )
 
     def _devices_fit(self) -> None:

@@ -9,11 +9,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from numbers import Number
 
+from steersman.guards.asked_process import AskedProcess
+from steersman.guards.terminal import say
 from steersman.metrics.answers import concept_coverage, math_equal, normalise_spaces
 from steersman.metrics.sentiment import compound
 from steersman.ops import text
+from steersman.reward import regex_process
 from steersman.reward.gold import gold
 from steersman.types import SteersmanError
 
@@ -85,12 +89,33 @@ def contains(
 
 
 def regex(prompts: Sequence[str], completions: Sequence[str], *, pattern: str) -> list[float]:
-    """1 where the pattern (Python's `re`) is found anywhere in the completion, else 0."""
+    """1 where the pattern (Python's `re`) is found anywhere in the completion, else 0.
+
+    A completion on which the search takes more than `regex_process.SECONDS` of processor time is worth 0. The first
+    such completion of a process is told on standard error.
+    """
     try:
-        compiled = re.compile(pattern)
+        re.compile(pattern)
     except re.error as error:
         raise SteersmanError(f"reward regex: pattern {pattern!r} is not a regular expression: {error}") from None
-    return [float(compiled.search(completion) is not None) for completion in completions]
+    found = [_regex_process().ask({"pattern": pattern, "text": completion}) for completion in completions]
+    if any(told is None or told["found"] is None for told in found):
+        _tell_late(pattern)
+    return [float(told is not None and told["found"] is True) for told in found]
+
+
+@cache
+def _regex_process() -> AskedProcess:
+    return AskedProcess(regex_process.__file__, regex_process.LIMIT)
+
+
+@cache
+def _tell_late(pattern: str) -> None:
+    say(
+        f"reward regex: looking for {pattern!r} in a completion took more than {regex_process.SECONDS:g} s of "
+        "processor time; such a completion is worth 0. A repetition within a repetition, as in (\\d+\\s?)+, can take "
+        "time that doubles with each character: make the inner one possessive (\\d++) or write the pattern without it"
+    )
 
 
 def math_answer(prompts: Sequence[str], completions: Sequence[str], *, answer: Sequence[object]) -> list[float]:

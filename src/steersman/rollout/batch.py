@@ -9,20 +9,25 @@ are ever computed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from steersman.rollout.decoder import generating
 from steersman.rollout.next_token import Drawn, NextToken
-from steersman.rollout.port import Limits, Stepper
-from steersman.rollout.responses import ActionMask, Drawing, RunningResponse
+from steersman.rollout.port import Limits
+from steersman.rollout.responses import Drawing, RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
 from steersman.types import Progress, Prompt, Sample, SteersmanError, send
+
+if TYPE_CHECKING:
+    from steersman.rollout.engine import Engine
 
 
 @dataclass(slots=True)
@@ -42,6 +47,12 @@ def live_cache_size(rows: int, longest: int, new_tokens: int, sequences: int) ->
     return rows, -(-(length + slack) // 16) * 16
 
 
+def prefill_size(rows: int, longest: int, per_prompt: int, tokens: int) -> int:
+    """Tokens of the largest prefill, of up to `tokens`, for prompts up to `longest`: no more prompts are read than
+    rows can take, each giving `per_prompt`."""
+    return min(max(tokens, longest), max(1, rows // per_prompt) * longest)
+
+
 def not_finite(sequence: RunningResponse) -> SteersmanError:
     return SteersmanError(
         f"rollout: the policy's logits are not finite at token {len(sequence.ids)} of the response to prompt "
@@ -50,38 +61,47 @@ def not_finite(sequence: RunningResponse) -> SteersmanError:
 
 
 class RunningBatch:
-    """The state of one `Engine.generate`; `run` returns the finished samples in order."""
+    """Sequences that an engine decodes together. It decodes while it is `opened`; `run` returns the finished samples
+    in order. `cut` is asked between steps whether to stop there."""
 
     def __init__(
         self,
-        decoder: Stepper,
+        engine: Engine,
         sampling: Sampling,
         limits: Limits,
-        end_ids: Sequence[int],
-        texts: Any,
         *,
-        known: int | None,
-        record_support: bool,
-        action_mask: ActionMask | None,
-        version: int,
-        progress: Progress | None,
+        record_support: bool = False,
+        progress: Progress | None = None,
         cut: Callable[[], bool] | None = None,
     ) -> None:
+        decoder = engine.decoder
+        action_mask = None if sampling.limit is None else engine.action_mask(sampling.limit)
         self.decoders = [decoder] if action_mask is None else [decoder, action_mask.decoder]
         self.one_length = any(one.one_length for one in self.decoders)
         self.sampling, self.limits, self.progress = sampling, limits, progress
-        self.drawing = Drawing(sampling, texts)
+        self.drawing = Drawing(sampling, decoder.texts(engine.tokenizer, sampling.stop))
         self.is_cut = cut or (lambda: False)
         self.device = decoder.model.device
         self.next_token = NextToken(
-            sampling, end_ids, known=known, width=decoder.model.get_output_embeddings().weight.shape[0],
-            record=record_support, action_mask=action_mask, version=version, device=self.device,
+            sampling, engine.end_ids, known=engine.vocabulary,
+            width=decoder.model.get_output_embeddings().weight.shape[0], record=record_support,
+            action_mask=action_mask, version=engine.version, device=self.device,
         )  # fmt: skip
         self.waiting: deque[tuple[Prompt, list[RunningResponse]]] = deque()
         self.prefilled: deque[Prefilled] = deque()
         self.live: list[RunningResponse] = []
         self.done: dict[int, Sample] = {}
         self.tokens = self.total = self.longest = self.orders = 0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """While open, the models generate and their caches have room; at the end the room is given back, since what
+        comes next, such as an update, needs the memory."""
+        with generating(*(decoder.model for decoder in self.decoders)), ExitStack() as stack:
+            for decoder in self.decoders:
+                stack.enter_context(decoder.prepared(self.limits.rows, self.sampling.max_new_tokens))
+                stack.callback(decoder.live.release)
+            yield
 
     def run(self, prompts: Sequence[Prompt], n: int, seed: int | Sequence[int]) -> list[Sample]:
         self._enqueue(prompts, n, seed)
@@ -151,11 +171,14 @@ class RunningBatch:
     # -- admission -----------------------------------------------------------------------------------------
 
     def _refill(self, free: int) -> None:
-        while self.waiting and len(self.prefilled) < free:
-            self._prefill()
-        entering = [self.prefilled.popleft() for _ in range(min(free, len(self.prefilled)))]
-        for _, group in groupby(entering, key=lambda r: (id(r.caches), len(r.sequence.prompt.ids))):
-            self._admit(list(group))
+        """Lets up to `free` sequences in. The caches of one prefill are there at a time."""
+        while free and (self.prefilled or self.waiting):
+            if not self.prefilled:
+                self._prefill()
+            entering = [self.prefilled.popleft() for _ in range(min(free, len(self.prefilled)))]
+            for _, group in groupby(entering, key=lambda r: len(r.sequence.prompt.ids)):
+                self._admit(list(group))
+            free -= len(entering)
 
     def _prefill(self) -> None:
         """Read the next prompts and draw the first token of each of their samples."""

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from steersman.model.prompt_layer import PromptLayer
 from steersman.model.shape import key_widths, own_layers
-from steersman.model.source import STATE
+from steersman.model.source import STATE_LAYERS
 from steersman.rollout.attention_layers import LiveLayer
 from steersman.rollout.recurrent import HybridLiveLayer, HybridPromptLayer, LiveState
 from steersman.types import SteersmanError, send
@@ -133,19 +133,14 @@ class LiveCache(Cache):
         self.rows, self.first, self.column, self._reading = 0, column, column, None
 
     def reserve(self, slots: int, columns: int, like: PromptCache) -> None:
-        """Make room for `slots` rows and `columns` columns; what is there already is used again."""
-        first = like.first
-        old = self.mask
-        if old is not None and old.dtype == first.dtype and old.device == first.device:
-            if old.shape[0] >= slots and old.shape[1] >= columns:
-                return
-            slots, columns = max(slots, old.shape[0]), max(columns, old.shape[1])
-        self.release()
+        """Makes room for `slots` rows and `columns` columns, where there is none yet."""
+        if self.mask is not None:
+            return
         for own, layer in zip(self.live_layers, like.prompt_layers, strict=True):
             own.allocate(slots, columns, layer.keys, layer.values)  # type: ignore[arg-type]
         for state, left in zip(self.states, like.states, strict=True):
             state.make_room(slots, left)
-        self.mask = first.new_zeros(slots, columns)
+        self.mask = like.first.new_zeros(slots, columns)
 
     def release(self) -> None:
         """Give the buffers back."""
@@ -219,7 +214,9 @@ class LiveCache(Cache):
         self.column += 1
         if len(masks) < 2:
             return next(iter(masks.values()), None)
-        return {FULL if window is None else SLIDING: mask for window, mask in masks.items()} | dict.fromkeys(STATE)
+        return {FULL if window is None else SLIDING: mask for window, mask in masks.items()} | dict.fromkeys(
+            STATE_LAYERS
+        )
 
     def reading(self) -> np.ndarray:
         """How live rows are best read, int64 [4, rows]: their order, and of each row its first column, a row that has

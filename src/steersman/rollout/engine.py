@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from threading import Lock
 from typing import Any
 
 from steersman.rollout.batch import RunningBatch
-from steersman.rollout.decoder import Decoder, generating
+from steersman.rollout.decoder import Decoder
 from steersman.rollout.joining import joinable
 from steersman.rollout.port import Joinable, Limits, Stepper
 from steersman.rollout.responses import ActionMask
 from steersman.rollout.sampling import ActionLimit, Sampling
 from steersman.rollout.seq2seq import PairDecoder
 from steersman.types import Progress, Prompt, Sample, Stats, SteersmanError
+
+ROWS = {"cpu": 64, "accelerator": 256}
+"""Sequences that are decoded together, where nothing else is said."""
+PREFILL = 2048
+"""Tokens of one prefill, padding counted, where nothing else is said: enough for large products, while its keys and
+values, which are there beside the live cache, stay few."""
 
 
 class Engine:
@@ -25,7 +31,7 @@ class Engine:
     sees whatever an optimiser did to them. `max_batch` is the number of sequences decoded together (64 on a CPU, 256
     on an accelerator). `eos_token_id` overrides the end tokens, which are otherwise the generation config's, or
     the tokenizer's where it names none. Ids beyond the tokenizer's, with which a vocabulary is padded, are
-    never sampled. Buffers stay for the next call until `release`.
+    never sampled. The cache has memory for as long as a call lasts.
     """
 
     def __init__(
@@ -37,10 +43,9 @@ class Engine:
         prefill_tokens: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
-        on_cpu = model.device.type == "cpu"
         self.model, self.tokenizer = model, tokenizer
-        self.max_batch = max_batch or (64 if on_cpu else 256)
-        self.prefill_tokens = prefill_tokens or (2048 if on_cpu else 16384)
+        self.max_batch = max_batch or ROWS["cpu" if model.device.type == "cpu" else "accelerator"]
+        self.prefill_tokens = prefill_tokens or PREFILL
         if self.max_batch < 1 or self.prefill_tokens < 1:
             raise SteersmanError("Engine: max_batch and prefill_tokens must be at least 1")
         self.end_ids = end_ids(model, tokenizer, eos_token_id)
@@ -75,7 +80,19 @@ class Engine:
         finite; all but the last before anything is generated. So is a call while another thread's is going on.
         """
         with self.alone():
-            return self._generate(prompts, sampling, n, seed, record_support, progress, cut)
+            self.check(prompts, sampling, n)
+            if not prompts:
+                return []
+            batch = RunningBatch(
+                self,
+                sampling,
+                self.limits(len(prompts) * n),
+                record_support=record_support,
+                progress=progress,
+                cut=cut,
+            )
+            with batch.opened():
+                return batch.run(prompts, n, seed)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -90,42 +107,6 @@ class Engine:
         finally:
             self._busy.release()
 
-    def _generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        n: int,
-        seed: int | Sequence[int],
-        record_support: bool,
-        progress: Progress | None,
-        cut: Callable[[], bool] | None,
-    ) -> list[Sample]:
-        self.check(prompts, sampling, n)
-        if not prompts:
-            return []
-        limits = self.limits(len(prompts) * n)
-        batch = RunningBatch(
-            self.decoder,
-            sampling,
-            limits,
-            self.end_ids,
-            self.decoder.texts(self.tokenizer, sampling.stop),
-            known=self.vocabulary,
-            record_support=record_support,
-            action_mask=None if sampling.limit is None else self.action_mask(sampling.limit),
-            version=self.version,
-            progress=progress,
-            cut=cut,
-        )
-        try:
-            with generating(*(decoder.model for decoder in batch.decoders)), ExitStack() as stack:
-                for decoder in batch.decoders:
-                    stack.enter_context(decoder.prepared(limits.rows, sampling.max_new_tokens))
-                return batch.run(prompts, n, seed)
-        except BaseException:
-            self.clear()  # the buffers may hold NaN, or a batch cut off half-way
-            raise
-
     def joinable(
         self, sampling: Sampling, *, rows: int, longest: int, sequences: int, record_support: bool
     ) -> AbstractContextManager[Joinable]:
@@ -135,24 +116,16 @@ class Engine:
             record_support=record_support,
         )  # fmt: skip
 
+    def prepare(self, longest: int) -> None:
+        """It is always ready; prompts that do not fit the model are refused when they are read."""
+
     def update_weights(self, version: int) -> Stats:
         """The engine runs the policy itself, so it has the weights; samples carry `version` from now on."""
         self.version = version
         return {}
 
-    def release(self) -> None:
-        """Give the cache's memory back; the next call allocates it again. Refused while a call is going on."""
-        with self.alone():
-            self.clear()
-
     def close(self) -> None:
-        """The same as `release`."""
-        self.release()
-
-    def clear(self) -> None:
-        """Drops the buffers; the caller holds `alone`."""
-        self.decoder.live.release()
-        self._mask_decoder = None
+        """Nothing is held between calls."""
 
     def limits(self, sequences: int) -> Limits:
         """Rows, prefill and refill of a call that samples so many sequences."""
@@ -200,12 +173,20 @@ def end_ids(
 ) -> tuple[int, ...]:
     """The ids that end a response: the override, else the generation config's, else the tokenizer's; may be none.
 
-    `also` are those of a chat template, which end it as well where nothing is overridden.
+    `also` are those of a chat template, which end it as well where nothing is overridden. Raises SteersmanError where
+    the generation config gives something else than ids.
     """
     if override is None and also:
         return tuple(dict.fromkeys((*end_ids(model, tokenizer), *also)))
     settings = getattr(model, "generation_config", None)
     for found in (override, getattr(settings, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
-        if found is not None:
-            return (found,) if isinstance(found, int) else tuple(found)
+        if found is None:
+            continue
+        ids = tuple(found) if isinstance(found, list | tuple) else (found,)
+        if not all(type(i) is int for i in ids):
+            raise SteersmanError(
+                f"{model.name_or_path}: eos_token_id is {found!r}; it must be an id, or a list of ids: mend it in the "
+                "model's generation_config.json"
+            )
+        return ids
     return ()

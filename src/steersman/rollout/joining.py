@@ -7,13 +7,12 @@ clock, gets the same numbers bit for bit in every run.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from steersman.rollout.batch import RunningBatch
-from steersman.rollout.decoder import generating
 from steersman.rollout.port import Limits
-from steersman.rollout.responses import ActionMask, RunningResponse
+from steersman.rollout.responses import RunningResponse
 from steersman.rollout.sampling import Sampling, uniforms
 from steersman.types import Prompt, Sample
 
@@ -73,19 +72,8 @@ def joinable(
     """
     with engine.alone():
         limits = Limits(rows, engine.prefill_tokens, refill=max(1, rows // 8))
-        mask: ActionMask | None = None if sampling.limit is None else engine.action_mask(sampling.limit)
-        texts = engine.decoder.texts(engine.tokenizer, sampling.stop)
-        batch = RunningBatch(
-            engine.decoder, sampling, limits, engine.end_ids, texts, known=engine.vocabulary,
-            record_support=record_support, action_mask=mask, version=engine.version, progress=None,
-        )  # fmt: skip
+        batch = RunningBatch(engine, sampling, limits, record_support=record_support)
         batch.longest, batch.total = longest, max(sequences, rows + 1)
-        try:
-            with generating(*(decoder.model for decoder in batch.decoders)), ExitStack() as stack:
-                for decoder in batch.decoders:
-                    stack.enter_context(decoder.prepared(rows, sampling.max_new_tokens))
-                batch.begin()
-                yield JoinableBatch(engine, batch, sampling)
-        except BaseException:
-            engine.clear()  # the buffers may hold NaN, or a batch cut off half-way
-            raise
+        with batch.opened():
+            batch.begin()
+            yield JoinableBatch(engine, batch, sampling)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from steersman.model.context import context_length
 from steersman.rollout.batch import RunningBatch, not_finite
-from steersman.rollout.decoder import generating
 from steersman.rollout.engine import Engine
 from steersman.rollout.port import Limits
 from steersman.rollout.responses import Drawing, RunningResponse
@@ -125,7 +123,6 @@ class Live:
             self._closing = True
             self._lock.notify()
         self._thread.join()
-        self.engine.release()
 
     def _check(self, prompt: Prompt, sampling: Sampling, n: int) -> None:
         self.engine.check([prompt], sampling, n)
@@ -149,7 +146,6 @@ class Live:
                 try:
                     self._serve()
                 except Exception as error:  # whatever it is, those who wait are told, and the next batch begins anew
-                    self.engine.clear()
                     self._fail(error)
 
     def _wait(self) -> bool:
@@ -160,15 +156,9 @@ class Live:
 
     def _serve(self) -> None:
         """Decodes until nothing is left to do."""
-        engine, decoder = self.engine, self.engine.decoder
-        every = Sampling(self.new_tokens)
-        batch = SharedBatch(
-            decoder, every, self.limits, engine.end_ids, None, known=engine.vocabulary, record_support=False,
-            action_mask=None, version=engine.version, progress=None,
-        )  # fmt: skip
+        batch = SharedBatch(self.engine, Sampling(self.new_tokens), self.limits)
         batch.longest, batch.total = self.longest, self.limits.rows + 1
-        with generating(decoder.model), ExitStack() as stack:
-            stack.enter_context(decoder.prepared(self.limits.rows, self.new_tokens))
+        with batch.opened():
             batch.begin()
             while True:
                 self._admit(batch)

@@ -108,6 +108,11 @@ class Generator(Protocol):
         are sampled at a time; None where it samples in whole calls only."""
         ...
 
+    def prepare(self, longest: int) -> None:
+        """Gets ready to sample, before anything else is begun: prompts with their answers have `longest` tokens
+        together at most. Raises SteersmanError where what samples can not do so."""
+        ...
+
     def update_weights(self, version: int) -> Stats:
         """Takes over the policy's current weights as `version`, which samples carry from now on. It is called after
         each update; an engine that runs the policy itself has nothing to copy. Returns numbers to be logged."""

@@ -23,10 +23,13 @@ DTYPES = {
 def resolve_device(name: str = "auto") -> torch.device:
     """The device by name: "cpu", "cuda", "cuda:1", ...; "auto" is CUDA where there is a device, else the CPU.
 
+    An accelerator without a number is the one that this process computes on, told by number: each of a process's
+    threads has a current device of its own, and that of a new thread is the first.
+
     Raises SteersmanError where the device is not there, and says why.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -40,6 +43,8 @@ def resolve_device(name: str = "auto") -> torch.device:
             raise SteersmanError(
                 f"device {name!r}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
             )
+    if device.index is None and device == torch.accelerator.current_accelerator():
+        return torch.device(device.type, torch.accelerator.current_device_index())
     return device
 
 
@@ -58,7 +63,7 @@ def device_apart(device: torch.device) -> torch.device:
         )
     module = torch.get_device_module(device)
     ranks, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), module.device_count()
-    own = module.current_device() if device.index is None else device.index
+    own = device.index
     if own + ranks >= there:
         raise SteersmanError(
             f"frozen_apart: {ranks} ranks on this machine need {2 * ranks} devices, from {own - own % ranks} on, and "

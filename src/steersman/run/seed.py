@@ -16,6 +16,27 @@ import numpy as np
 import torch
 
 
+class SamplingStream:
+    """The number behind a run's seed that names the streams of answers which are sampled again with the same luck.
+
+    Iterations, batches and seats count from 0 and never come so far, so these answers share no stream with those that
+    are trained on. They are plain integers: a seed's text is what `sub_seed` reads.
+    """
+
+    REFRESHED_PAIRS = 1 << 20
+    """A seat: pairs of answers that a flywheel's judge is trained again on."""
+    FLYWHEEL_LOOK = 1 << 30
+    """Held-out answers of a flywheel, the same for every round's model."""
+    WHEEL_LOOK = 1 << 31
+    """Held-out answers of the wheel of people's judgements, the same for every model."""
+    TRAINING_LOOK = 1 << 40
+    """Held-out answers of a verb that trains, the same at every look."""
+    GRUE = 1 << 41
+    """Held-out answers of GRUE's cells, the same for all cells of a seed."""
+    OPTIMAL_VALUES = 1 << 42
+    """Answers of the reference to every training prompt, before training."""
+
+
 def sub_seed(seed: int, *names: str | int) -> int:
     """A seed in [0, 2^63) for the use that `names` tell, such as `sub_seed(0, "rollout", step, prompt)`.
 

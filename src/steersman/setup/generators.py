@@ -39,7 +39,7 @@ def open_generator(rollout: RolloutConfig, policy: Policy) -> Generator:
     wanted = ServerSettings(
         ends=end_ids(policy.model, policy.tokenizer, ends or None), max_batch=rollout.max_batch,
         servers=rollout.servers, urls=tuple(rollout.url), timeout=rollout.timeout, tolerance=rollout.tolerance,
-        python=rollout.python, arguments=tuple(rollout.arguments), top_k=rollout.top_k,
+        python=rollout.python, arguments=tuple(rollout.arguments), sampling=rollout.sampling(),
         adapter=rollout.sync == "adapter", folder=rollout.folder,
     )  # fmt: skip
     opener = open_process if rollout.engine == "process" else open_vllm
@@ -91,6 +91,15 @@ class MainRankGenerator:
 
     def joinable(self, sampling: Sampling, **room: Any) -> None:
         """Servers make up their batches themselves."""
+
+    def prepare(self, longest: int) -> None:
+        self.send_first()
+
+        def ready() -> None:
+            assert self._engine is not None
+            self._engine.prepare(longest)
+
+        ranks().from_main(ready, "what samples")
 
     def send_first(self) -> None:
         """Sends the weights that the run begins with, unless some were sent already."""

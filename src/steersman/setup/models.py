@@ -136,7 +136,7 @@ def save_model(model: Policy | ScalarModel | AttributeModel, config: ModelConfig
     save(model, model.tokenizer, folder, merged=config.merge, dtype=dtype, max_shard_size=config.max_shard_size)
 
 
-SLOW = 1e-4
+SLOW_ADAPTER_RATE = 1e-4
 """Below this rate adapters hardly moved on a chat model of 135M parameters, whatever was minimised."""
 
 
@@ -144,11 +144,11 @@ def rate_text(model: Policy | ScalarModel | AttributeModel, lr: float) -> str:
     """What to tell of the rate at which a loaded model is trained."""
     if not model.has_adapters:
         return f"{lr:g}, for all weights"
-    if lr >= SLOW:
+    if lr >= SLOW_ADAPTER_RATE:
         return f"{lr:g}, for adapters"
     return (
-        f"{lr:g} is a rate for whole models, and adapters are trained: they hardly move below {SLOW:g}, and 2e-4 to "
-        "1e-3 is usual"
+        f"{lr:g} is a rate for whole models, and adapters are trained: they hardly move below "
+        f"{SLOW_ADAPTER_RATE:g}, and 2e-4 to 1e-3 is usual"
     )
 
 

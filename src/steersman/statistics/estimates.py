@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-Array = np.ndarray
-Z = 1.959964
-TAIL = 0.025
-"""What a 95% interval leaves out on each side."""
+from steersman.statistics.intervals import DRAWS, TAIL, Array, Z, percentile_interval, resamples
+
 TINY = 1e-12
 """A variance that is rounding and no more."""
+BINS = 10
+"""Bins of a calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,13 @@ class Estimate:
         return f"{self.value:.3f} ({bounds})"
 
 
-def known(numbers: dict[str, Any]) -> dict[str, Any]:
-    """The same with None in the place of infinite bounds and NaN, for which JSON has no word."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in numbers.items()}
+def known(x: Any) -> Any:
+    """The same, at any depth, with None in the place of infinite bounds and NaN, for which JSON has no word."""
+    if isinstance(x, dict):
+        return {k: known(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [known(v) for v in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def wilson(right: float, n: int) -> Estimate:
@@ -79,7 +83,7 @@ def share(values: Array, clusters: Array) -> Estimate:
     return _binomial(p, trials, n)
 
 
-def ranked_share(score: Array, label: Array, clusters: Array, *, draws: int = 1000) -> Estimate:
+def ranked_share(score: Array, label: Array, clusters: Array) -> Estimate:
     """`auc` with an interval that holds for few values as well; (NaN, 0, 1) of a single label.
 
     As `share`, for A (1 - A) / v times (z / t_{K-1})^2 trials, where v is the variance of A over resampled clusters
@@ -92,7 +96,7 @@ def ranked_share(score: Array, label: Array, clusters: Array, *, draws: int = 10
     value, sides = auc(score, label), [clusters[label > 0.5], clusters[~(label > 0.5)]]
     if math.isnan(value):
         return Estimate(math.nan, 0.0, 1.0, len(score))
-    drawn = [auc(score[rows], label[rows]) for rows in resamples(clusters, draws)]
+    drawn = [auc(score[rows], label[rows]) for rows in resamples(clusters, DRAWS)]
     k, variance = min(len(np.unique(side)) for side in sides), float(np.nanvar(drawn)) if drawn else 0.0
     if k < 2 or variance < TINY:
         trials = min(_alike(side) for side in sides)
@@ -121,33 +125,19 @@ def _binomial(p: float, trials: float, n: int) -> Estimate:
 
 
 def bootstrap(
-    statistic: Callable[..., float], arrays: Sequence[Array], *, clusters: Array | None = None, draws: int = 1000
+    statistic: Callable[..., float], arrays: Sequence[Array], *, clusters: Array | None = None, draws: int = DRAWS
 ) -> Estimate:
     """A statistic of rows with the percentile interval over resampled rows, or over resampled clusters of rows.
 
     Rows of one prompt hang together: `clusters` [N] names the prompt. The interval is (-inf, inf) for fewer than
-    two clusters, and draws without a number are left out. The random stream is fixed.
+    two clusters, and where every draw gives the same number, for then the draws say nothing of how far off it is.
+    Draws without a number are left out. The random stream is fixed.
     """
     n = len(arrays[0])
     value = float(statistic(*arrays)) if n else math.nan
     drawn = resamples(np.arange(n) if clusters is None else clusters, draws)
-    seen = [float(statistic(*(a[rows] for a in arrays))) for rows in drawn]
-    kept = [x for x in seen if math.isfinite(x)]
-    low, high = np.percentile(kept, [2.5, 97.5]) if kept else (-math.inf, math.inf)
-    return Estimate(value, float(low), float(high), n)
-
-
-def resamples(clusters: Array, draws: int, seed: int = 0) -> Iterator[Array]:
-    """The row numbers of each draw: as many clusters as there are, with replacement, each with all its rows.
-
-    Of fewer than two clusters there are none: all would be the same rows, and say nothing of how far off these are.
-    """
-    order = np.argsort(clusters, kind="stable")
-    _, starts = np.unique(clusters[order], return_index=True)
-    members, rng = np.split(order, starts[1:]), np.random.default_rng(seed)
-    for _ in range(draws if len(members) > 1 else 0):
-        picked = rng.integers(len(members), size=len(members))
-        yield order[picked] if len(members) == len(order) else np.concatenate([members[i] for i in picked])
+    low, high = percentile_interval(float(statistic(*(a[rows] for a in arrays))) for rows in drawn)
+    return Estimate(value, low, high, n) if high - low > TINY else Estimate(value, -math.inf, math.inf, n)
 
 
 def mean(x: Array) -> float:
@@ -195,13 +185,13 @@ class Calibration:
     ece: float
 
 
-def calibration(predicted: Array, outcome: Array, *, low: float = 0.0, bins: int = 10) -> Calibration:
-    """Bins of [low, 1]; ECE = sum_b (n_b / N) |observed_b - predicted_b|. Empty bins are left out.
+def calibration(predicted: Array, outcome: Array, *, low: float = 0.0) -> Calibration:
+    """`BINS` bins of [low, 1]; ECE = sum_b (n_b / N) |observed_b - predicted_b|. Empty bins are left out.
 
     Source: arXiv 1706.04599, eq. 3.
     """
-    place = np.clip(((predicted - low) / (1 - low) * bins).astype(int), 0, bins - 1)
-    rows = [place == b for b in range(bins) if (place == b).any()]
+    place = np.clip(((predicted - low) / (1 - low) * BINS).astype(int), 0, BINS - 1)
+    rows = [place == b for b in range(BINS) if (place == b).any()]
     mean_predicted, mean_observed = [mean(predicted[r]) for r in rows], [mean(outcome[r]) for r in rows]
     count = [int(r.sum()) for r in rows]
     gaps = [n * abs(a - b) for n, a, b in zip(count, mean_predicted, mean_observed, strict=True)]

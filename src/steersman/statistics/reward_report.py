@@ -21,6 +21,7 @@ from steersman.statistics.estimates import (
     bootstrap,
     calibration,
     kendall,
+    known,
     mean,
     pearson,
     rmse,
@@ -44,7 +45,7 @@ class Report:
 
     def plain(self) -> dict[str, Any]:
         """As JSON holds it; what is not finite becomes None."""
-        return _finite(asdict(self))
+        return known(asdict(self))
 
     def lines(self) -> list[str]:
         """Sentences for the console."""
@@ -66,14 +67,6 @@ class Report:
         if self.calibration is not None:
             flat["held_out/calibration_error"] = self.calibration.ece
         return {name: x for name, x in flat.items() if math.isfinite(x)}
-
-
-def _finite(x: Any) -> Any:
-    if isinstance(x, dict):
-        return {k: _finite(v) for k, v in x.items()}
-    if isinstance(x, list):
-        return [_finite(v) for v in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def keys(examples: Sequence[Example]) -> Array:

@@ -56,9 +56,7 @@ def outcomes(effect: float, ties: float, shape: tuple[int, ...], rng: np.random.
     return np.where(u < win, 1.0, np.where(u < win + ties, 0.5, 0.0))
 
 
-def plan(
-    effect: float, *, ties: float = 0.0, alpha: float = 0.05, power: float = 0.8, runs: int = 400, seed: int = 0
-) -> Plan:
+def plan(effect: float, *, ties: float = 0.0, alpha: float = 0.05, power: float = 0.8, runs: int = 400) -> Plan:
     """The size of a win-rate test that is looked at after every value, by simulating `runs` experiments.
 
     `effect` is the win rate's distance from 1/2, in (0, (1 - ties) / 2]. Raises ValueError outside it, and
@@ -72,16 +70,13 @@ def plan(
     fixed = fixed_size(effect, max(sd, 1e-3), alpha=alpha, power=power)
     kinds = _Kinds(np.array([1.0, 0.5, 0.0]), np.array([win, ties, max(1 - win - ties, 0.0)]))
     kinds.check_seen(effect)
-    median, needed = _sizes(
-        lambda shape, rng: outcomes(effect, ties, shape, rng), kinds, fixed, alpha, power, runs, seed
-    )
+    median, needed = _sizes(lambda shape, rng: outcomes(effect, ties, shape, rng), kinds, fixed, alpha, power, runs)
     return Plan(f"a win rate of {0.5 + effect:.3f}", effect, power, alpha, median, needed, fixed)
 
 
 def plan_arms(
-    rate: float, effect: float, *, share: float = 0.5, alpha: float = 0.05, power: float = 0.8, runs: int = 400,
-    seed: int = 0,
-) -> Plan:  # fmt: skip
+    rate: float, effect: float, *, share: float = 0.5, alpha: float = 0.05, power: float = 0.8, runs: int = 400
+) -> Plan:
     """The same in users of both arms together, for a yes or no of each: `rate` in the control, `rate + effect` in the
     treatment, which a `share` of users meets. Raises ValueError where these are no shares, SteersmanError as `plan`.
 
@@ -102,7 +97,7 @@ def plan_arms(
     chances = np.array([share * better, share * (1 - better), (1 - share) * rate, (1 - share) * (1 - rate)])
     kinds = _Kinds(arm_difference(x, treated, share, centre=float(chances @ x))[0], chances)
     kinds.check_seen(effect)
-    median, needed = _sizes(draw, kinds, fixed, alpha, power, runs, seed)
+    median, needed = _sizes(draw, kinds, fixed, alpha, power, runs)
     return Plan(f"{better:.3f} instead of {rate:.3f}", effect, power, alpha, median, needed, fixed)
 
 
@@ -131,13 +126,14 @@ class _Kinds:
 
 def _sizes(
     draw: Callable[[tuple[int, ...], np.random.Generator], Array], kinds: _Kinds, fixed: int, alpha: float,
-    power: float, runs: int, seed: int,
+    power: float, runs: int,
 ) -> tuple[int, int]:  # fmt: skip
     """After how many values half of the experiments, and `power` of them, have ended.
 
-    `draw` gives outcomes one by one, `kinds` the chances by which they are drawn in blocks.
+    `draw` gives outcomes one by one, `kinds` the chances by which they are drawn in blocks. The random stream is
+    fixed.
     """
-    rng, length = np.random.default_rng(seed), max(60, 3 * fixed)
+    rng, length = np.random.default_rng(0), max(60, 3 * fixed)
     never = np.iinfo(np.int64).max
     while True:
         block = math.ceil(length / LOOKS)

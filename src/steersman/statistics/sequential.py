@@ -29,7 +29,7 @@ PIECE = 512
 """Values of every row whose wealth is in memory at a time."""
 
 
-def log_wealth(x: Array, m: float, bets: Array = BETS) -> Array:
+def log_wealth(x: Array, m: float) -> Array:
     """log e-value against "the mean is m" after each value of x [..., N], last axis in time; nats, same shape.
 
         W_t(m) = 1/(2D) sum_k [ prod_i (1 - k + k x_i / m) + prod_i (1 - k + k (1 - x_i) / (1 - m)) ]
@@ -40,12 +40,12 @@ def log_wealth(x: Array, m: float, bets: Array = BETS) -> Array:
     Source: arXiv 2010.09686, eq. 23 (capital) and appendix B (a portfolio of D constant bets). Departures: the bets
     are spread geometrically, and the two halves are added where the paper's hedge takes the larger.
     """
-    return _log_mean(_log_products(x, m, bets, np.zeros((2 * len(bets), *x.shape[:-1]))))
+    return _log_mean(_log_products(x, m, np.zeros((2 * len(BETS), *x.shape[:-1]))))
 
 
-def _log_products(x: Array, m: float, bets: Array, before: Array) -> Array:
+def _log_products(x: Array, m: float, before: Array) -> Array:
     """log of each bet's product after each value [2D, ..., N], where it was `before` [2D, ...] the first of them."""
-    steps = np.stack([np.log1p(k * (ratio - 1)) for ratio in (x / m, (1 - x) / (1 - m)) for k in bets])
+    steps = np.stack([np.log1p(k * (ratio - 1)) for ratio in (x / m, (1 - x) / (1 - m)) for k in BETS])
     steps[..., :1] += before[..., None]
     return np.cumsum(steps, axis=-1, out=steps)
 
@@ -81,8 +81,8 @@ class Running:
     contradicts what the sequence supposes; `low` > `high` says so.
     """
 
-    def __init__(self, alpha: float = 0.05, *, null: float = 0.5, bets: Array = BETS) -> None:
-        self.alpha, self.null, self.bets = alpha, null, bets
+    def __init__(self, alpha: float = 0.05, *, null: float = 0.5) -> None:
+        self.alpha, self.null = alpha, null
         self.count: dict[float, int] = {}
         self.low, self.high = 0.0, 1.0
 
@@ -105,9 +105,9 @@ class Running:
         return Look(total, mean, self.low, self.high, math.exp(min(self._log_wealth(x, n, self.null), 700.0)))
 
     def _log_wealth(self, x: Array, n: Array, m: float) -> float:
-        k = self.bets[:, None]
+        k = BETS[:, None]
         sums = [(n * np.log1p(k * (ratio - 1))).sum(1) for ratio in (x / m, (1 - x) / (1 - m))]
-        return float(np.logaddexp.reduce(np.concatenate(sums))) - math.log(2 * len(self.bets))
+        return float(np.logaddexp.reduce(np.concatenate(sums))) - math.log(2 * len(BETS))
 
     def _edge(self, x: Array, n: Array, mean: float, bound: float, way: int) -> float:
         """A bound moved towards the mean, which is never refuted, as far as the values allow."""
@@ -119,18 +119,6 @@ class Running:
         return root - way * PRECISION
 
 
-def confidence_sequence(
-    x: Sequence[float] | Array, alpha: float = 0.05, *, null: float = 0.5, looks: Sequence[int] | None = None
-) -> list[Look]:
-    """A look after each of the first `looks` values (None: after every one), bounds narrowing from look to look."""
-    running, out, taken = Running(alpha, null=null), list[Look](), 0
-    for n in range(1, len(x) + 1) if looks is None else looks:
-        running.add(float(v) for v in x[taken:n])
-        taken = n
-        out.append(running.look())
-    return out
-
-
 def first_crossing(x: Array, alpha: float = 0.05, *, null: float = 0.5) -> NDArray[np.int64]:
     """After how many values of x [..., N] the e-value first reaches 1/alpha; 0 where it never does. Shape [...].
 
@@ -140,7 +128,7 @@ def first_crossing(x: Array, alpha: float = 0.05, *, null: float = 0.5) -> NDArr
     found, going = np.zeros(len(rows), np.int64), np.arange(len(rows))
     before = np.zeros((2 * len(BETS), len(rows)))
     for start in range(0, rows.shape[1], PIECE):
-        logs = _log_products(rows[going, start : start + PIECE], null, BETS, before)
+        logs = _log_products(rows[going, start : start + PIECE], null, before)
         over = _log_mean(logs) >= -math.log(alpha)
         there = over.any(-1)
         found[going[there]] = start + over[there].argmax(-1) + 1
@@ -156,7 +144,7 @@ def refuted(x: Array, m: float, alpha: float = 0.05) -> tuple[int, int]:
     means = np.cumsum(x) / np.arange(1, len(x) + 1)
     over, before = np.zeros(len(x), bool), np.zeros(2 * len(BETS))
     for start in range(0, len(x), PIECE):
-        logs = _log_products(x[start : start + PIECE], min(max(m, EDGE), 1 - EDGE), BETS, before)
+        logs = _log_products(x[start : start + PIECE], min(max(m, EDGE), 1 - EDGE), before)
         over[start : start + PIECE], before = _log_mean(logs) >= -math.log(alpha), logs[:, -1]
     above, below = (
         int(there.argmax()) + 1 if there.any() else 0 for there in (over & (means > m), over & (means < m))

@@ -145,12 +145,13 @@ def learn(
     epsilon: Schedule,
     seed: int = 0,
     initial: float = 0.0,
+    check: Callable[[], None] = lambda: None,
 ) -> Learned:
     """Learn Q on an environment with discrete states and actions, exploring epsilon-greedily.
 
     `env` is a Gymnasium environment or an `MDPSampler`. `alpha` is asked with the number of earlier updates of
     the entry at hand, `epsilon` with the number of earlier episodes. `initial` fills the table; above the
-    largest return it makes every action be tried.
+    largest return it makes every action be tried. `check` is called after every step, and may raise.
 
     Targets, with s' the next state and a' the next action that the behaviour policy takes:
 
@@ -197,6 +198,7 @@ def learn(
             returns[episode] += reward
             lengths[episode] += 1
             state, action, over = int(after), following, terminated or truncated
+            check()
 
     final = torch.tensor(acting, dtype=torch.float64)
     return Learned(final, final.argmax(-1), torch.tensor(returns, dtype=torch.float64), torch.tensor(lengths))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steersman.loss.preference import PairLogp, as_batch, pair_logp
+from steersman.loss.preference import AnswerLogp, PairLogp, as_batch, pair_logp
 from steersman.tabular.token_mdp import TokenMDP
 
 PairLoss = Callable[[PairLogp], Tensor]
@@ -36,11 +36,8 @@ class Population:
         mdp, w, l = self.mdp, self.chosen, self.rejected  # noqa: E741
         logp, ref, kl = mdp.sequence_logp(logits), mdp.sequence_logp_ref, self.step_kl(logits)
         own = logp - self.step_collision(logits)
-        pair = pair_logp(
-            logp[w], mdp.mask[w], logp[l], mdp.mask[l],
-            ref_chosen=ref[w], ref_rejected=ref[l], chosen_kl=kl[w], rejected_kl=kl[l],
-            chosen_log_weight=own[w], rejected_log_weight=own[l], tails=True,
-        )  # fmt: skip
+        chosen, rejected = (AnswerLogp(logp[at], mdp.mask[at], ref[at], kl[at], own[at]) for at in (w, l))
+        pair = pair_logp(chosen, rejected, tails=True)
         return pair._replace(batch=as_batch(pair, self.prob))
 
     def answer_pair(self, logp: Float[Tensor, " N"]) -> PairLogp:

@@ -189,6 +189,13 @@ class TokenMDP(Language):
 
         return self._backward(self.step_reward, backup)
 
+    def soft_value(self, beta: float) -> Float[Tensor, " K"]:
+        """beta log E_{y ~ pi_ref(.|x)} exp(r(x, y) / beta) of each prompt, for a `beta` above 0 of one's own: V*(x)
+        where it is the language's."""
+        weight = self.sequence_logp_ref.sum(-1) + self.total_reward / beta
+        own = self.prompt == torch.arange(len(self.prompts))[:, None]
+        return beta * torch.logsumexp(torch.where(own, weight, -torch.inf), -1)
+
     def closed_form(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " K"]]:
         """(log pi*(y|x), beta log Z(x)), straight from the definition over sequences.
 
@@ -200,9 +207,8 @@ class TokenMDP(Language):
         logp_ref = self.sequence_logp_ref.sum(-1)
         own = self.prompt == torch.arange(len(self.prompts))[:, None]
         if self.beta > 0:
-            weight = logp_ref + self.total_reward / self.beta
-            log_z = torch.logsumexp(torch.where(own, weight, -torch.inf), -1)
-            return weight - log_z[self.prompt], self.beta * log_z
+            value = self.soft_value(self.beta)
+            return logp_ref + (self.total_reward - value[self.prompt]) / self.beta, value
         allowed = torch.where(logp_ref.isinf(), -torch.inf, self.total_reward)
         best = torch.where(own, allowed, -torch.inf).amax(-1)
         # sums of rewards per token may tie up to rounding

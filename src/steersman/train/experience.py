@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 from steersman.algorithms.base import Algorithm
 from steersman.environments.config import BaselinePer, DiscountPer
 from steersman.ops.masked import last_step, whiten
-from steersman.recipe.on_policy import Cut
+from steersman.recipe.on_policy import Cut, OnPolicyRecipe
 from steersman.reward.shaping import kl_shaped
 from steersman.types import Sample, Stats, Tokens, Trajectory
 
@@ -36,44 +37,59 @@ def behaviour_logp(samples: Sequence[Sample], T: int) -> Float[Tensor, "B T"]:
     return logp
 
 
+@dataclass(frozen=True, slots=True)
+class EpisodeRules:
+    """How rewards and ends of episodes count.
+
+    `cut` says what the length limit's cut is: "end", the response is judged as it stands and nothing follows;
+    "bootstrap", it would have gone on, so its score is withheld, the discount stays gamma, and the critic's value
+    after the last token stands for what is missing. (Paying the score and bootstrapping too counts it twice, and the
+    critic, which learns from its own value there, runs away: see docs/log.md.) What an episode of several turns has
+    earned by its turns is its own, cut or not: with "bootstrap" it is kept, and the value is that of what its next
+    turn would have seen (`SegmentRows.values`).
+    With `discount_per` "turn" gamma counts once a turn, after its last token. With `baseline_per` "turn" turns are
+    numbered, and what each step was paid without the KL penalty is kept apart, for baselines that compare turn with
+    turn. `whiten` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
+    """
+
+    cut: Cut = "end"
+    discount_per: DiscountPer = "token"
+    baseline_per: BaselinePer = "episode"
+    whiten: bool = False
+
+    @classmethod
+    def of(cls, recipe: OnPolicyRecipe) -> EpisodeRules:
+        """The rules that a recipe's sections give."""
+        cut = "end" if recipe.critic is None else recipe.critic.cut
+        if recipe.environment is None:
+            return cls(cut, whiten=recipe.reward.whiten)
+        return cls(cut, recipe.environment.discount_per, recipe.environment.baseline_per, recipe.reward.whiten)
+
+
 def trajectory(
     samples: Sequence[Sample],
     tokens: Tokens,
     score: Float[Tensor, " B"],
     algorithm: Algorithm,
-    beta: float,
     *,
+    beta: float = 0.0,
     logp_old: Float[Tensor, "B T"] | None = None,
     logp_ref: Float[Tensor, "B T"] | None = None,
-    baseline: Float[Tensor, " B"] | None = None,
     judged: Float[Tensor, " B"] | None = None,
     per_token: Float[Tensor, "B T"] | None = None,
-    whiten_reward: bool = False,
-    cut: Cut = "end",
-    discount_per: DiscountPer = "token",
-    baseline_per: BaselinePer = "episode",
+    rules: EpisodeRules = EpisodeRules(),
 ) -> Trajectory:
     """One row per sample: the score at the last token (or per token), the KL penalty at every token.
 
     `score` is the shaped score of each response, `judged` what the rewards gave before shaping. The discount is
-    gamma, and 0 after the last token that counts, whatever stands behind it under the mask. `cut` says what the
-    length limit's cut is: "end", the response is judged as it stands and nothing follows; "bootstrap", it would have
-    gone on, so its score is withheld, the discount stays gamma, and the critic's value after the last token stands
-    for what is missing. (Paying the score and bootstrapping too counts it twice, and the critic, which learns from
-    its own value there, runs away: see docs/log.md.)
+    gamma, and 0 after the last token that counts, whatever stands behind it under the mask.
     `logp_old`, where given, is the policy's own account of the samples; what the engine recorded is then kept as
     `logp_rollout`. Otherwise the recorded log-probabilities are the old ones.
-    What an episode of several turns has earned by its turns is its own, cut or not: with "bootstrap" it is kept, and
-    the value is that of what its next turn would have seen (`SegmentRows.values`). With
-    `discount_per` "turn" gamma counts once a turn, after its last token. With
-    `baseline_per` "turn" turns are numbered, and what each step was paid without the KL penalty is kept apart, for
-    baselines that compare turn with turn.
     All numbers have the precision and device of `score`.
-    `whiten_reward` scales the token rewards, KL penalty included, to unit variance and keeps their mean.
     """
     mask, B = tokens.mask, len(samples)
     terminated = torch.tensor([s.terminated for s in samples], device=mask.device)
-    if cut == "bootstrap":
+    if rules.cut == "bootstrap":
         kept = terminated | torch.tensor([s.turns is not None for s in samples], device=mask.device)
         score = torch.where(kept, score, torch.zeros_like(score))
         judged = None if judged is None else torch.where(kept, judged, torch.zeros_like(judged))
@@ -93,22 +109,22 @@ def trajectory(
         algorithm.kl_estimator,
         per_token,
     )
-    if whiten_reward:
+    if rules.whiten:
         reward = whiten(reward, mask, shift_mean=False)
     discount = torch.full_like(reward, algorithm.gamma)
-    if discount_per == "turn":
+    if rules.discount_per == "turn":
         discount = torch.where(_turn_ends(samples, mask), algorithm.gamma, torch.ones_like(discount))
     last = last_step(mask).clamp(min=0)
     rows = torch.arange(B, device=mask.device)
     discount[rows, last] = algorithm.gamma * (~terminated).to(discount.dtype)
     group = torch.tensor([s.prompt.index for s in samples], device=mask.device)
     turn = paid = None
-    if baseline_per == "turn":
+    if rules.baseline_per == "turn":
         ends = _turn_ends(samples, mask).long()
         turn, paid = ends.cumsum(1) - ends, kl_shaped(score, logp_old, logp_old, mask, 0.0, per_token=per_token)
     return Trajectory(
-        mask, reward, discount, logp_old, logp_ref, None, group, baseline, logp_rollout, score, turn=turn, paid=paid,
-        judged=judged,
+        mask, reward, discount, logp_old, logp_ref, None, group, logp_rollout=logp_rollout, score=score, turn=turn,
+        paid=paid, judged=judged,
     )  # fmt: skip
 
 

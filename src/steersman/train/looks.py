@@ -1,4 +1,12 @@
-"""What looks at held-out prompts have in common, whatever is measured there."""
+"""What looks at held-out prompts have in common, whatever is measured there.
+
+A look answers the same prompts with the same random streams as the one before. What is said of the answers differs:
+
+    verbs/rl.py RewardLooks                the run's reward, the distance to the reference of what was sampled from
+    train/reference_looks.py               the whole distributions' distance to the reference, for offline verbs
+    distill/teacher_looks.py               the same to the teacher, and the loss on given answers
+    flywheel/flywheel.py Flywheel.look     the judge's grades and the watched reward, as tables of a loop's rounds
+"""
 
 from __future__ import annotations
 
@@ -9,9 +17,6 @@ from torch import Tensor
 
 from steersman.train.session import Session
 from steersman.types import Sample, Stats
-
-STREAM = 1 << 40
-"""The number of the random stream that answers held prompts, at every look the same; no iteration comes so far."""
 
 
 def answer_row(sample: Sample) -> dict[str, Any]:

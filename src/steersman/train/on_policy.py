@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +23,12 @@ from steersman.reward import Scores
 from steersman.reward.shaping import constant_note
 from steersman.run.seed import stream
 from steersman.train.curriculum import Curriculum
-from steersman.train.experience import episode_stats, length_said, tokens_of, trajectory
+from steersman.train.experience import EpisodeRules, episode_stats, length_said, tokens_of, trajectory
 from steersman.train.roles import Roles
 from steersman.train.segments import SegmentRows
 from steersman.types import Prompt, Sample, Stats, SteersmanError, Tokens, Trajectory
 from steersman.update.kl_controller import KLCoefficients
+from steersman.update.returned import advantage_of
 
 
 @dataclass(slots=True)
@@ -48,6 +50,10 @@ class OnPolicy:
         by = recipe.curriculum
         self.curriculum = None if by is None else Curriculum(by, prompts, recipe.run.seed)
         self.waiting: list[int] = []
+        self.optimal: dict[int, float] = {}
+        """The optimal value of each prompt, by its index, for a method that asks for it."""
+        self.left_out: frozenset[int] = frozenset()
+        """Places of prompts that are not trained on."""
         self.algorithm = recipe.algorithm
         self.coefficients = KLCoefficients(self.algorithm, recipe.rollout.prompts * recipe.rollout.samples)
         self.moving_mean, self.moving_count = 0.0, 0
@@ -62,7 +68,7 @@ class OnPolicy:
         rows = SegmentRows(samples)
         traj.value, critic_loss = rows.values(self.roles.learner, tokens, traj)
         clock.lap("score")
-        advantage = by_turn(self.algorithm.advantage, traj)
+        advantage = by_turn(partial(advantage_of, self.algorithm), traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
         stats = self.roles.learner.update(
             rows.tokens(tokens), traj, advantage, self.coefficients.current(), order,
@@ -86,13 +92,13 @@ class OnPolicy:
         return self.recipe.critic is not None and self.done < self.recipe.critic.warmup
 
     def next_prompts(self, count: int | None = None) -> list[Prompt]:
-        """The next prompts of the data's order, an iteration's worth by default; none is passed over. With a
-        curriculum they are drawn by difficulty."""
+        """The next prompts of the data's order, an iteration's worth by default; none is passed over but those that
+        are left out of the run. With a curriculum they are drawn by difficulty."""
         wanted: int = self.recipe.rollout.prompts if count is None else count
         if self.curriculum is not None:
             return [self.prompts[i] for i in self.curriculum.draw(wanted)]
         while len(self.waiting) < wanted:
-            self.waiting += next(self._order)
+            self.waiting += [i for i in next(self._order) if i not in self.left_out]
         taken, self.waiting = self.waiting[:wanted], self.waiting[wanted:]
         return [self.prompts[i] for i in taken]
 
@@ -149,12 +155,9 @@ class OnPolicy:
             with at_hand(roles.reference.separate):
                 logp_ref = rows.join(self._logp(roles.reference, read.untruncated()), T)
         traj = trajectory(
-            samples, tokens, score.to(like), self.algorithm, self.coefficients.beta.coef,
-            logp_old=logp_old, logp_ref=logp_ref, judged=scores.total.to(like), whiten_reward=recipe.reward.whiten,
-            per_token=None if scores.per_token is None else scores.per_token.to(like),
-            cut="end" if recipe.critic is None else recipe.critic.cut,
-            discount_per="token" if recipe.environment is None else recipe.environment.discount_per,
-            baseline_per="episode" if recipe.environment is None else recipe.environment.baseline_per,
+            samples, tokens, score.to(like), self.algorithm, beta=self.coefficients.beta.coef,
+            logp_old=logp_old, logp_ref=logp_ref, judged=scores.total.to(like),
+            per_token=None if scores.per_token is None else scores.per_token.to(like), rules=EpisodeRules.of(recipe),
         )  # fmt: skip
         if self.algorithm.parts:
             traj.parts = scores.with_weights({k: w for k, (w, _) in roles.reward.parts.items()})
@@ -184,7 +187,8 @@ class OnPolicy:
         return self.roles.shaping(scores.total, terminated, length, limit, update=update)
 
     def baseline(self, samples: list[Sample], traj: Trajectory) -> Tensor | None:
-        """Greedy responses' scores (ReMax), or the mean return of earlier iterations (REINFORCE)."""
+        """Greedy responses' scores (ReMax), the mean return of earlier iterations (REINFORCE), or the optimal values
+        of the prompts (A*-PO)."""
         if self.algorithm.baseline == "greedy":
             prompts = list({s.prompt.index: s.prompt for s in samples}.values())
             drawn = self.roles.generate(prompts, seed=0, n=1, greedy=True)
@@ -201,6 +205,8 @@ class OnPolicy:
             self.moving_count += len(returns)
             self.moving_mean += (float(returns.mean()) - before) * max(len(returns) / self.moving_count, 0.1)
             return torch.full_like(returns, before)
+        if self.algorithm.baseline == "optimal":
+            return traj.reward.new_tensor([self.optimal[s.prompt.index] for s in samples])
         return None
 
     def observe(
@@ -217,6 +223,8 @@ class OnPolicy:
         if traj.logp_ref is not None:
             stats["kl"] = float(masked_sum(traj.logp_old - traj.logp_ref, traj.mask, dim=-1).mean())
             stats["beta"] = self.coefficients.beta.coef
+        if self.algorithm.baseline == "optimal" and traj.baseline is not None:
+            stats["value/optimal"] = float(traj.baseline.mean())
         if traj.logp_rollout is not None:
             stats |= self._mismatch(traj)
         if ret is not None and traj.value is not None:

@@ -27,6 +27,7 @@ from steersman.train.tally import Tally
 from steersman.types import Stats, Tokens, Trajectory, send
 from steersman.update.on_policy import Problem, clipped_steps, dropped, learn, policy_loss, step_both, zero_both
 from steersman.update.optimizer import Optimizer, not_finite
+from steersman.update.returned import advantage_of
 
 if TYPE_CHECKING:
     from steersman.train.segments import SegmentRows
@@ -83,7 +84,7 @@ class Learner:
             if micro.counts:
                 values[micro.rows, : part.value.shape[1]] = part.value.to(values.dtype)
             count = counted(part.mask, "token")
-            part, advantage = _zeroed(part, self.algorithm.advantage(part))
+            part, advantage = _zeroed(part, advantage_of(self.algorithm, part, finite=False))
             part, advantage = part.to(read.device), advantage.to(read.device)
             value = unmasked(read[:, :-1], part.mask)
             if value is not None and advantage.ret is not None:

@@ -19,6 +19,7 @@ from steersman.jsonl import read_jsonl
 from steersman.ops.text import text_stats
 from steersman.run.files.checkpoint import Checkpoint, Checkpointer
 from steersman.run.files.folder import open_folder
+from steersman.run.files.ledger import StoppedError
 from steersman.run.files.log import Log, NoLog
 from steersman.run.files.sinks import require_sinks
 from steersman.run.health.limits import HealthConfig
@@ -108,6 +109,7 @@ class Session:
     def begin(self, state: Stateful, total: int) -> None:
         """Restores the newest whole checkpoint when resuming, and opens the log; `total` counts steps."""
         self.state, self.total, self.begun = state, total, True
+        self._stack.callback(delattr, self, "state")  # its looks know the session: a cycle would keep its models
         found = self.checkpoints.load() if self.folder.resumed else None
         if found is not None:
             self._restore(found)
@@ -180,6 +182,15 @@ class Session:
                     f"stopped after step {step} of {self.total} by {came}; go on with --resume --run.dir {self.path}"
                 )
                 return
+
+    def check(self, when: str = "before the first step") -> None:
+        """For long work before the first step or after the last one: raises StoppedError, on every rank, where a
+        signal asked one of them to stop; the run then counts as stopped."""
+        came = next((name for name in ranks().gather(self.signal.signal_name, "a signal") if name is not None), None)
+        if came is not None:
+            self.stopped = True
+            self.log.note(f"stopped {when} by {came}; go on with --resume --run.dir {self.path}")
+            raise StoppedError
 
     def end(self, why: str) -> None:
         """Lets the step under way be the last one: the run is finished, though earlier than its recipe said."""

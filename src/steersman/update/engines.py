@@ -14,7 +14,7 @@ from steersman.update.kinds import restore
 from steersman.update.zero import ZeroCutWeights, ZeroWholeWeights
 
 
-class Engine(Protocol):
+class UpdateEngine(Protocol):
     """One model's updates over the ranks."""
 
     def step(self) -> float:
@@ -35,7 +35,7 @@ class Engine(Protocol):
         ...
 
 
-def engine_of(parameters: Sequence[nn.Parameter], optimizer: Any, max_grad_norm: float) -> Engine:
+def engine_of(parameters: Sequence[nn.Parameter], optimizer: Any, max_grad_norm: float) -> UpdateEngine:
     """The engine of `parallel.mode` for `optimizer`, which has these parameters; alone it is always PyTorch.
 
     Raises SteersmanError where DeepSpeed does not serve them.
@@ -43,10 +43,10 @@ def engine_of(parameters: Sequence[nn.Parameter], optimizer: Any, max_grad_norm:
     if ranks().deepspeed:
         kind = ZeroCutWeights if ranks().sharded else ZeroWholeWeights
         return kind(parameters, optimizer, max_grad_norm)
-    return Plain(parameters, optimizer, max_grad_norm)
+    return TorchEngine(parameters, optimizer, max_grad_norm)
 
 
-class Plain:
+class TorchEngine:
     """Replicas, FSDP2's pieces, and a process that is alone: every rank updates what it holds."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: Any, max_grad_norm: float) -> None:

@@ -131,7 +131,7 @@ class Rounded:
         kept = self.remainders if self.rounding == "kahan" else [shell.data for _, shell, _ in self.parts]
         return {
             "updates": self.updates,
-            "kept": [x.clone() for x in kept],
+            "kept": [x.detach() for x in kept],
             "inner": [inner.state_dict() for _, _, inner in self.parts],
         }
 

@@ -22,6 +22,7 @@ from steersman.ops.kl import kl_loss
 from steersman.types import Stats, Trajectory
 from steersman.update.natural import Scalar, trust_region_step
 from steersman.update.optimizer import Optimizer
+from steersman.update.returned import loss_of
 
 
 class Problem(NamedTuple):
@@ -127,7 +128,7 @@ def policy_loss(
     (`logp_rollout`), and by `traj.weight` where prompts were drawn unequally; the entropy needs no action.
     loss_t is 0 for bad responses that the policy has moved away from, with `off_policy_threshold`.
     """
-    loss = algorithm.loss(logp, traj, adv, coef)
+    loss = loss_of(algorithm, logp, traj, adv, coef)
     left_out = dropped(algorithm, logp, traj, adv)
     if left_out is not None:
         loss = torch.where(left_out, 0.0, loss)

@@ -53,7 +53,7 @@ class Laid:
             piece[self.start : self.start + self.size] = piece_of(whole, self.size)
 
 
-class Zero:
+class ZeroEngine:
     """DeepSpeed around the AdamW `adamw`, which has the parameters `parameters`; a subclass for each way in which it
     lays what it updates.
 
@@ -151,7 +151,7 @@ class Zero:
         return [part.cpu() for part in pieces]
 
 
-class ZeroWholeWeights(Zero):
+class ZeroWholeWeights(ZeroEngine):
     """Stages 1 and 2: the weights are whole. A group's are laid one after the other and cut into as many equal pieces
     as there are ranks."""
 
@@ -172,7 +172,7 @@ class ZeroWholeWeights(Zero):
             yield flat, [Laid(parameter, start) for parameter, start in laid]
 
 
-class ZeroCutWeights(Zero):
+class ZeroCutWeights(ZeroEngine):
     """Stage 3: every parameter is cut by itself, and a rank has a group's pieces one after the other.
 
     Departure: DeepSpeed averages the ranks' gradients there, and the first micro-batch's take the place of what it

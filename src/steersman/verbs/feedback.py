@@ -18,8 +18,8 @@ from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfi
 from steersman.run.preflight import Preflight
 from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
-from steersman.train.held_prompts import held_prompts
 from steersman.train.offline import WholeBatches
+from steersman.train.reference_looks import reference_looks
 from steersman.train.session import Session
 from steersman.types import Stats
 from steersman.verbs.offline_recipe import OfflineRecipe
@@ -35,6 +35,10 @@ class FeedbackRecipe(OfflineRecipe[L], Generic[L]):
     @classmethod
     def unread_keys(cls) -> frozenset[str]:
         return keys_of_other_kinds("feedback")
+
+    @property
+    def reads_reference_between_updates(self) -> bool:
+        return super().reads_reference_between_updates or self.loss.mismatches
 
     @model_validator(mode="after")
     def _fits(self) -> FeedbackRecipe[L]:
@@ -89,12 +93,12 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         laid = layout(policy, recipe.data)
         order = Order(recipe.train.batch_size, recipe.run.seed, by_length=FeedbackRun.by_length)
         data = training(recipe.data, "feedback", laid, context=context_length(policy.model), order=order)
-        reference, watch = reference_from(recipe.reference, recipe.model, recipe.run, policy), None
-        frozen = frozen_models(recipe.offload, reference=reference)
+        reference, looks = reference_from(recipe.reference, recipe.model, recipe.run, policy), None
+        frozen = frozen_models(recipe.reference_waits, reference=reference)
         if recipe.samples.count(True):
-            watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
+            looks = reference_looks(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = FeedbackObjective(
-            policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, watch
+            policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, looks
         )  # fmt: skip
         state = FeedbackRun(
             objective, recipe.train, recipe.optimizer, recipe.run, shuffle=recipe.data.shuffle, data=data
@@ -108,5 +112,5 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         weights = "weights {:.3g} and {:.3g}".format(*objective.weights)
         pre.fact("labels", f"{labels.sum():,.0f} thumbs up, {(1 - labels).sum():,.0f} down{where}; {weights}")
         pre.fact("leads to", LOSSES[name].fixed_point)
-        sampled = None if watch is None else watch.sampled()
+        sampled = None if looks is None else looks.sampled()
         return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)

@@ -109,8 +109,9 @@ def responses(recipe: GenerateRecipe, out: str | None) -> list[Response]:
         say(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)")
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
-    pieces = None if out is None else _begun(recipe, out, len(asked))
     with closing(open_generator(rollout, policy)) as engine, whole_weights(policy):
+        engine.prepare(max(len(p.ids) for p in asked) + rollout.max_new_tokens)
+        pieces = None if out is None else _begun(recipe, out, len(asked))
 
         def make(span: range, progress: Progress) -> Rows:
             samples = sample_on_all_ranks(

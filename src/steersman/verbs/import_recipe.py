@@ -23,6 +23,7 @@ from steersman.guards.terminal import encodes, printable
 from steersman.types import SteersmanError
 from steersman.verbs.peers import together
 from steersman.verbs.peers.batch import batch
+from steersman.verbs.peers.pair_loss import pair_loss
 from steersman.verbs.peers.rules import RULES, SAME, UNLIKE
 from steersman.verbs.peers.self_distillation import self_distillation
 from steersman.verbs.peers.settings import ABOVE, VERBS, guess_verb, read_settings, recipe_of
@@ -113,8 +114,9 @@ def translate_settings(settings: dict[str, Any], verb: str) -> tuple[dict[str, A
     together.rewards(t)
     together.sinks(t)
     together.warmup(t)
-    together.pair_loss(t)
+    pair_loss(t)
     together.kl(t)
+    together.optimal_values(t)
     together.strategies(t)
     place = {name: i for i, name in enumerate(PRIORITY)}
     first = sorted((name for name in t.settings if name not in LAST), key=lambda n: place.get(n, len(place)))

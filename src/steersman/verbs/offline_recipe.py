@@ -13,8 +13,8 @@ from steersman.recipe.evaluation import EvaluationSection
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
 from steersman.run.run_config import ManyRunConfig
-from steersman.train.held_prompts import SamplesConfig
 from steersman.train.offline import PackedOfflineConfig
+from steersman.train.reference_looks import SamplesConfig
 from steersman.update.optimizer import OptimizerConfig
 
 L = TypeVar("L", bound=Section)
@@ -33,7 +33,8 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
         default=False,
         description="the reference waits in the CPU's memory and is on the device only while it is read: once "
         "before the first update and at every evaluation (kto: once an update too). Weights whose file is in half "
-        "precision stay so while they wait",
+        "precision stay so while they wait. One that is read before the first update alone (samples.prompts: 0) "
+        "waits anyway, whole and not quantised",
     )
     samples: SamplesConfig = SamplesConfig()
     evaluation: EvaluationSection | None = Field(
@@ -59,7 +60,20 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     @property
     def reads_reference_in_updates(self) -> bool:
         """Whether every micro-batch reads the reference, so that it is never idle."""
-        return self.data.stream
+        return self.data.large
+
+    @property
+    def reads_reference_between_updates(self) -> bool:
+        """Whether it is read again, now and then, after the first update."""
+        return self.samples.count(True) > 0
+
+    @property
+    def reference_waits(self) -> bool:
+        """Whether the reference waits in the CPU's memory while nobody reads it: as `offload` asks, and where it is
+        never read again once training has begun."""
+        again = self.reads_reference_in_updates or self.reads_reference_between_updates
+        movable = not self.parallel.in_pieces and self.model.quantise == "none"
+        return self.offload or (movable and self.separate_reference and not again)
 
     @model_validator(mode="after")
     def _offload_fits(self) -> OfflineRecipe[L]:
@@ -70,7 +84,7 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
             raise ValueError("offload: there is no reference of its own to move; remove it")
         if self.reads_reference_in_updates:
             raise ValueError(
-                "offload: the reference is read in every micro-batch (data.stream, or a loss of whole "
+                "offload: the reference is read in every micro-batch (data.stream, data.cache, or a loss of whole "
                 "distributions), so it is never idle; remove offload"
             )
         return self

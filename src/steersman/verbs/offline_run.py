@@ -50,12 +50,12 @@ def carry_out(
     return session.summary({"model": str(session.path / "model"), **state.objective.evaluate(), **measured})
 
 
-def frozen_models(offload: bool, **references: Reference | None) -> dict[str, Policy]:
-    """Of the references those with weights of their own, by their role's name; with `offload` they go to the CPU's
+def frozen_models(wait: bool, **references: Reference | None) -> dict[str, Policy]:
+    """Of the references those with weights of their own, by their role's name; where they `wait`, it is in the CPU's
     memory until they are read."""
     there = {name: reference.separate for name, reference in references.items() if reference is not None}
     found = {name: model for name, model in there.items() if model is not None}
-    if offload:
+    if wait:
         for model in found.values():
             keep_away(model)
     return found

@@ -13,12 +13,14 @@ from rich.table import Table
 from steersman.config.load import load_recipe
 from steersman.config.sections import Section
 from steersman.model import Adapted, LoraConfig, adapted, attributes_of, load_tokenizer, saved_lora, shape_of
+from steersman.plan.costs import MBU, MFU, Verdict, weigh
 from steersman.plan.devices import Cluster, cluster
-from steersman.plan.layouts import COMPUTE, MEMORY, Role, Verdict, Work, layouts, weigh
+from steersman.plan.layouts import Role, Work, layouts
 from steersman.plan.routes import routes
 from steersman.plan.simulate import Lengths, SimulatedIteration, best_apart, simulate
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.recipe.sections import ModelConfig
+from steersman.rollout.engine import ROWS
 from steersman.run.console import new_console
 from steersman.run.run_config import ON_ACCELERATOR
 from steersman.setup.models import lora_of
@@ -101,10 +103,11 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
         return [learner("model", model.path, model, size, scalar=True)]
     own = learner("actor" if isinstance(recipe, OnPolicyRecipe) else "model", model.path, model, size)
     if isinstance(recipe, FeedbackRecipe):
-        return [own, reference(recipe.reference, own, recipe, size)]
+        return [own, reference(recipe.reference, own, recipe, size, waits=recipe.reference_waits)]
     if isinstance(recipe, PreferenceRecipe):
         folders = [recipe.reference if recipe.reads_reference else None, recipe.anchor]
-        return [own, *(reference(folder, own, recipe, size) for folder in folders if folder is not None)]
+        asked, waits = [folder for folder in folders if folder is not None], recipe.reference_waits
+        return [own, *(reference(folder, own, recipe, size, waits=waits) for folder in asked)]
     if not isinstance(recipe, OnPolicyRecipe):
         return [own]
     found = [own]
@@ -112,7 +115,7 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
         source, apart = size or critic_source(recipe), recipe.share != "base"
         found.append(learner("critic", source, model, size, scalar=True, owns_base=apart))
     if recipe.reference != "none":
-        found.append(reference(recipe.reference, own, recipe, size))
+        found.append(reference(recipe.reference, own, recipe, size, waits=recipe.offload))
     if recipe.algorithm.sampling_mask() is not None:
         found.append(replace(own, name="masking policy", trained=0))
     judges = {name: part.model for name, part in recipe.reward.parts.items() if part.model is not None}
@@ -149,12 +152,13 @@ def adapters(path: str, lora: LoraConfig | None, size: str, *, scalar: bool) -> 
         return adapted(size, replace(asked, targets="all-linear"), scalar=scalar)
 
 
-def reference(folder: str, own: Role, recipe: Any, size: str) -> Role:
-    """A frozen policy that answers are measured against; the start of a policy with adapters is on its base."""
+def reference(folder: str, own: Role, recipe: Any, size: str, *, waits: bool) -> Role:
+    """A frozen policy that answers are measured against, which `waits` in the CPU's memory or not; the start of a
+    policy with adapters is on its base."""
     if folder == "start" and own.adapter_parameters:
         return Role("reference", own.shape, owns_base=False)
     name, shape = ("reference", own.shape) if folder == "start" else (f"reference {folder}", shape_of(size or folder))
-    return Role(name, shape, matrices=MATRICES[recipe.model.quantise], offloaded=recipe.offload)
+    return Role(name, shape, matrices=MATRICES[recipe.model.quantise], offloaded=waits)
 
 
 def judge(name: str, path: str, recipe: OnPolicyRecipe[Any], size: str) -> Role:
@@ -203,7 +207,8 @@ def work_of(recipe: Any, prompt_tokens: int) -> Work:
             recipe.algorithm.epochs,
             minibatches=recipe.algorithm.minibatches,
             ahead=rollout.ahead,
-            max_batch=None if rollout.engine == "vllm" else rollout.max_batch,
+            max_batch=None if rollout.engine == "vllm" else rollout.max_batch or ROWS["accelerator"],
+            per_prompt=rollout.samples,
             **common,
         )
     pairs = 2 if isinstance(recipe, PreferenceRecipe | RewardModelRecipe) else 1
@@ -280,7 +285,7 @@ def show(found: list[Verdict], roles: list[Role], work: Work, there: Cluster) ->
         console.print(f"  {name:<58}{size / 1e9:8.2f} GB (not in the sum)", highlight=False, markup=False)
     console.print(
         f"  {'in all, of ' + format(device.memory / 1e9, '.0f'):<58}{best.peak / 1e9:8.2f} GB\n"
-        f"seconds: 2 P a token forward, {8 if work.checkpointing else 6} P trained, at {COMPUTE:.0%} of "
-        f"{device.flops / 1e12:.0f} TFLOP/s; decoding at {MEMORY:.0%} of {device.bandwidth / 1e12:.2f} TB/s",
+        f"seconds: 2 P a token forward, {8 if work.checkpointing else 6} P trained, at {MFU:.0%} of "
+        f"{device.flops / 1e12:.0f} TFLOP/s; decoding at {MBU:.0%} of {device.bandwidth / 1e12:.2f} TB/s",
         *(f"\n{line}" for line in routes(best, roles, work, there)), sep="", highlight=False, markup=False,
     )  # fmt: skip

@@ -15,8 +15,8 @@ from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.preflight import Preflight
 from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
-from steersman.train.held_prompts import held_prompts
 from steersman.train.offline import Offline, WholeBatches
+from steersman.train.reference_looks import reference_looks
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe
@@ -46,8 +46,11 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
     @property
     def reads_reference(self) -> bool:
         """Whether the loss has a reference, or the held prompts of `samples` measure their KL to it."""
-        needed = self.loss.needs_reference
-        return needed or self.samples.count(needed) > 0
+        return self.loss.needs_reference or self.reads_reference_between_updates
+
+    @property
+    def reads_reference_between_updates(self) -> bool:
+        return self.samples.count(self.loss.needs_reference) > 0
 
     @property
     def reads_reference_in_updates(self) -> bool:
@@ -104,18 +107,19 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         data = training(recipe.data, kind, laid, context=context_length(policy.model), order=order)
         _check_margins(recipe.loss, data.train)
         _check_explored(recipe.loss, data.train)
-        watched = recipe.samples.count(recipe.loss.needs_reference) > 0
-        reference = watch = anchor = None
-        if recipe.loss.needs_reference or watched:
+        reference = looks = anchor = None
+        if recipe.reads_reference:
             reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
         if recipe.anchor is not None:
             second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
             anchor = (second, recipe.anchor_share)
-        frozen = frozen_models(recipe.offload, reference=reference, anchor=None if anchor is None else anchor[0])
-        if reference is not None and watched:
-            watch = held_prompts(policy, reference, data.held_out or data.train, recipe.samples, session)
+        frozen = frozen_models(
+            recipe.reference_waits, reference=reference, anchor=None if anchor is None else anchor[0]
+        )
+        if reference is not None and recipe.reads_reference_between_updates:
+            looks = reference_looks(policy, reference, data.held_out or data.train, recipe.samples, session)
         objective = PairObjective(
-            policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, watch, anchor
+            policy, reference, data.train, data.held_out, recipe.loss, recipe.run.micro_tokens, looks, anchor
         )
         state = loop(
             objective, recipe.train, recipe.optimizer, recipe.run,
@@ -130,7 +134,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         pre = Preflight(f"steersman {' + '.join(recipe.loss.entries)} ({', '.join(sources)})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         pre.fact("leads to", recipe.loss.leads_to)
-        sampled = None if watch is None else watch.sampled()
+        sampled = None if looks is None else looks.sampled()
         return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)
 
 

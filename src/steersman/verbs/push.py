@@ -15,8 +15,12 @@ from steersman.run.preflight import size
 from steersman.run.report.card import write_card
 from steersman.types import SteersmanError
 
-UNSAFE = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".py")
-"""Files that can run code where they are loaded: none is pushed."""
+UNSAFE = (
+    ".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".dill", ".npy", ".npz", ".h5", ".keras",
+    ".py", ".pyc", ".so", ".dll", ".dylib", ".sh",
+    ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zip", ".7z",
+)  # fmt: skip
+"""Files that can run code where they are loaded, and archives, which may hold such: none is pushed."""
 
 
 class PushRecipe(Section):
@@ -46,7 +50,7 @@ def run(recipe: PushRecipe) -> dict[str, Any]:
     if not (folder / "README.md").exists() and folder.parent == Path(recipe.run).expanduser():
         write_card(folder.parent)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    odd = [p.name for p in files if p.suffix in UNSAFE or p.is_symlink()]
+    odd = [p.name for p in files if p.suffix.lower() in UNSAFE or p.is_symlink()]
     if odd:
         raise SteersmanError(f"run: {folder} holds files that could run code, or links: {', '.join(odd[:4])}")
     for path in files:

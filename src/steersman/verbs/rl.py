@@ -24,12 +24,16 @@ from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
 from steersman.run.device import device_text
 from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
+from steersman.run.seed import SamplingStream
+from steersman.setup.generators import piece_size
 from steersman.setup.models import rate_text, save_model
 from steersman.setup.reference import Reference
+from steersman.statistics.intervals import Z
 from steersman.train.ahead import Ahead
 from steersman.train.experience import behaviour_logp, length_said, tokens_of
-from steersman.train.looks import STREAM, answer_row, before_and_after, first_and_last, standard_error
+from steersman.train.looks import answer_row, before_and_after, first_and_last, standard_error
 from steersman.train.on_policy import OnPolicy, begun
+from steersman.train.optimal_values import prepare_values
 from steersman.train.roles import Roles, build_roles
 from steersman.train.segments import SegmentRows
 from steersman.train.session import Session
@@ -54,15 +58,19 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
             len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
         )
         state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
-        watch = HeldOut(roles, held_out, recipe)
+        looks = RewardLooks(roles, held_out, recipe)
         evaluation = Evaluation(roles.policy, recipe.evaluation, session)
         _preflight(
             session, recipe, roles, evaluation,
             train=train, held=held_out, longest=max(lengths), in_turns=in_turns,
         )  # fmt: skip
+        asked = [*lengths, *(len(p.ids) for p in held_out)]
+        roles.engine.prepare(max(asked) + recipe.rollout.max_new_tokens)
         session.begin(state, recipe.iterations)
+        if not prepare_values(state, session):
+            return session.summary({})
         if not session.metrics():
-            session.observe(0, {**watch.look(session, 0), **evaluation.look()})
+            session.observe(0, {**looks.look(session, 0), **evaluation.look()})
             if recipe.stop is not None:
                 session.keep_start()
         before, after = first_and_last(session)
@@ -72,7 +80,7 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
             for note in seen.notes:
                 session.log.note(note, style="yellow")
             if step % recipe.run.eval_every == 0 or step == recipe.iterations:
-                after = watch.look(session, step)
+                after = looks.look(session, step)
                 seen.stats.update(after)
                 seen.stats.update(evaluation.look())
             session.observe(step, seen.stats, [s.text for s in seen.samples])
@@ -125,7 +133,7 @@ class EarlyEnd:
         return {k: v for k, v in row.items() if k.startswith("held_out/")}
 
 
-class HeldOut:
+class RewardLooks:
     """The same held prompts, answered again and again with the same random streams."""
 
     def __init__(self, roles: Roles, prompts: list[Prompt], recipe: OnPolicyRecipe) -> None:
@@ -141,7 +149,7 @@ class HeldOut:
         if not self.prompts:
             return {}
         roles = self.roles
-        drawn = roles.generate(self.prompts, seed=(self.recipe.run.seed, STREAM), n=1)
+        drawn = roles.generate(self.prompts, seed=(self.recipe.run.seed, SamplingStream.TRAINING_LOOK), n=1)
         every = roles.score(drawn)
         samples, scores = begun(drawn, every)
         stats: Stats = {"held_out/reward/total": float(scores.total.mean())}
@@ -193,7 +201,7 @@ def _episode(sample: Sample) -> dict[str, Any]:
 def _interval(look: Stats) -> str:
     """A look's mean reward and half the width of its 95% interval, where several prompts give one."""
     mean, error = look["held_out/reward/total"], look.get("held_out/reward_se")
-    return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {1.96 * error:.2g}"
+    return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {Z * error:.2g}"
 
 
 def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None, bool]:
@@ -257,11 +265,16 @@ def _preflight(
         "updates",
         f"{algorithm.epochs} epochs x {algorithm.minibatches} minibatches of {samples // algorithm.minibatches}",
     )
+    if (wanted := algorithm.optimal_value()) is not None:
+        pre.fact(
+            "before training",
+            f"{wanted.samples} responses of the reference to each of {len(train):,} prompts, for optimal values",
+        )
     pre.fact("optimizer updates", recipe.iterations * algorithm.epochs * algorithm.minibatches)
     pre.fact("micro-batches", f"of up to {run.micro_tokens:,} padded tokens, sorted by length")
     if algorithm.update == "gradient":
         pre.fact("optimizer.lr", rate_text(roles.policy, recipe.optimizer.lr))
-    sampled = evaluation.larger(_sampled(recipe, roles, length))
+    sampled = evaluation.larger(_sampled(recipe, roles, length, len(train)))
     announce(pre, session.device, _models(recipe, roles), _load(recipe, roles, length), sampled)
     step = max(1, len(train) // 3)
     for prompt in train[::step][:3]:
@@ -296,11 +309,19 @@ def _load(recipe: OnPolicyRecipe, roles: Roles, length: int) -> Load:
     """The largest micro-batch. A critic is read beside the actor's gradients."""
     minibatch = recipe.rollout.prompts * recipe.rollout.samples // recipe.algorithm.minibatches
     load = largest_load([length] * minibatch, length, recipe.run.micro_tokens, minibatch)
+    if recipe.algorithm.update == "trust_region":
+        load = replace(
+            load, distributions=recipe.rollout.prompts * recipe.rollout.samples * recipe.rollout.max_new_tokens
+        )
     return load if roles.learner.critic is None else replace(load, alone=False)
 
 
-def _sampled(recipe: OnPolicyRecipe, roles: Roles, length: int) -> SamplingLoad:
-    rollout = recipe.rollout
+def _sampled(recipe: OnPolicyRecipe, roles: Roles, length: int, prompts: int) -> SamplingLoad:
+    """The largest call of what samples: an iteration's, or one of the passes over all `prompts` before training."""
+    rollout, wanted = recipe.rollout, recipe.algorithm.optimal_value()
     longest = max(length - rollout.max_new_tokens, 1)
     sequences = rollout.prompts * rollout.samples
-    return SamplingLoad(roles.policy, sequences, longest, rollout.max_new_tokens, roles.engine.limits(sequences))
+    if wanted is not None:
+        sequences = max(sequences, min(prompts, piece_size(rollout, wanted.samples)) * wanted.samples)
+    limits, per_prompt = roles.engine.limits(sequences), rollout.samples if wanted is None else 1
+    return SamplingLoad(roles.policy, sequences, longest, rollout.max_new_tokens, limits, per_prompt)

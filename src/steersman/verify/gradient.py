@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from steersman.tabular.oracle import OracleBatch, Table, exact_gradient, expecte
 from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Trajectory
 from steersman.update.on_policy import policy_loss
+from steersman.update.returned import advantage_of
 
 SIZE = 2
 """Answers per prompt of a group method, and prompts per batch of the others, in the enumeration."""
@@ -66,10 +68,10 @@ def check_gradient(
     found, exact = _expected_and_exact(algorithm, mdp, policy, params, size)
     core, core_exact = _expected_and_exact(unbiased(algorithm), mdp, policy, params, size)
     # subtracting a group's mean, the sample included, scales the gradient by (G - 1) / G
-    rescale = size / (size - 1) if algorithm.own_in_baseline else 1.0
+    rescale, scale = size / (size - 1) if algorithm.own_in_baseline else 1.0, algorithm.gradient_scale()
     return GradientCheck(
-        relative_deviation(found, exact),
-        relative_deviation(rescale * core, core_exact),
+        relative_deviation(found / scale, exact),
+        relative_deviation(rescale * core / scale, core_exact),
         float(torch.cosine_similarity(found, exact, 0)),
     )
 
@@ -83,8 +85,9 @@ def expected(algorithm: Algorithm) -> tuple[Tensor, Tensor]:
 
 
 def unbiased(algorithm: Algorithm) -> Algorithm:
-    """The method with every setting of OFF that it has."""
-    return algorithm.model_copy(update={k: v for k, v in OFF.items() if k in type(algorithm).model_fields})
+    """The method with every setting of OFF that it has and reads."""
+    has = type(algorithm).model_fields.keys() - set(algorithm.unread)
+    return algorithm.model_copy(update={k: v for k, v in OFF.items() if k in has})
 
 
 def _expected_and_exact(
@@ -135,17 +138,28 @@ def arbitrary_critic(mdp: TokenMDP) -> Tensor:
 def batch_loss(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Callable[[OracleBatch], Tensor]:
     """The number whose gradient the method descends, for one draw of a batch."""
     coef = Coefficients(beta=mdp.beta, beta_old=1.0)
-    greedy = episode_return(mdp.trajectory(logits, mdp.greedy(logits)))
+    of_prompt = prompt_baseline(algorithm, mdp, logits)
 
     def loss(batch: OracleBatch) -> Tensor:
         traj = batch.trajectory
-        if algorithm.baseline == "greedy":
-            traj.baseline = greedy[mdp.prompt[batch.rows]]
+        if of_prompt is not None:
+            traj.baseline = of_prompt[mdp.prompt[batch.rows]]
         elif algorithm.baseline == "moving":
             traj.baseline = torch.full_like(traj.reward[:, 0], 0.3)
-        return loss_given(algorithm, by_turn(algorithm.advantage, traj).adv, batch.logp, traj, coef)
+        return loss_given(
+            algorithm, by_turn(partial(advantage_of, algorithm, finite=False), traj).adv, batch.logp, traj, coef
+        )
 
     return loss
+
+
+def prompt_baseline(algorithm: Algorithm, mdp: TokenMDP, logits: Tensor) -> Tensor | None:
+    """What a method compares the answers to each prompt with, exactly, `[K]`: the greedy answer's return, or the
+    optimal value; None for other methods."""
+    wanted = algorithm.optimal_value()
+    if wanted is not None:
+        return mdp.soft_value(wanted.beta)
+    return episode_return(mdp.trajectory(logits, mdp.greedy(logits))) if algorithm.baseline == "greedy" else None
 
 
 def loss_given(algorithm: Algorithm, adv: Tensor, logp: Tensor, traj: Trajectory, coef: Coefficients) -> Tensor:

@@ -22,6 +22,7 @@ from steersman.tabular.token_mdp import TokenMDP
 from steersman.types import Stats, Trajectory
 from steersman.update.kl_controller import KLCoefficients
 from steersman.update.on_policy import Problem, learn
+from steersman.update.returned import advantage_of
 from steersman.verify.gradient import loss_given, masked
 
 
@@ -101,7 +102,7 @@ class Run:
             old, rows, gamma=algorithm.gamma, kl=algorithm.kl_in == "reward", value=value, group=group
         )
         self._baseline(traj, old, rows)
-        batch = TableBatch(self, rows, traj, algorithm.advantage(traj), old, self.coefficients.current())
+        batch = TableBatch(self, rows, traj, advantage_of(algorithm, traj), old, self.coefficients.current())
         self.coefficients.adapt(learn(algorithm, batch, self.generator))
         mask = algorithm.sampling_mask()
         if mask is not None and (iteration + 1) % mask.every == 0:
@@ -115,6 +116,8 @@ class Run:
         if self.algorithm.baseline == "greedy":
             greedy = self.mdp.trajectory(old, self.mdp.greedy(old), kl=False)
             traj.baseline = episode_return(greedy)[self.mdp.prompt[rows]]
+        elif (wanted := self.algorithm.optimal_value()) is not None:
+            traj.baseline = self.mdp.soft_value(wanted.beta)[self.mdp.prompt[rows]]
         elif self.algorithm.baseline == "moving":
             traj.baseline = self.moving.expand(len(rows))
             self.moving = 0.9 * self.moving + 0.1 * episode_return(traj).mean()

@@ -18,7 +18,7 @@ SOMETIMES = {"mix.anchors", "health"}
 
 
 def unread(verb: str, values: dict, monkeypatch, sometimes: set[str] = frozenset()) -> set[str]:  # type: ignore
-    from steersman.cli import VERBS
+    from steersman.verb_table import VERBS
 
     kind = VERBS[verb].recipe_class(None, [])
     keys, read = read_by(verb, kind.model_validate(values), monkeypatch)

@@ -24,8 +24,8 @@ def play(n: int, text: str) -> str:
     if "Write this person's next message" in text:
         said = text.count("\n\nYou: ") + text.startswith("You: ")
         return END if said > 3 else "You: I am tired. What now?\n\nThe assistant: Sleep."
-    if "<answer A>" in text:
-        first, second = text.split("<answer B>")
+    if "<answer A " in text:
+        first, second = text.split("<answer B ")
         return f"[[{'A' if CALM in first and CALM not in second else 'B' if CALM in second else 'C'}]]"
     return CALM
 
@@ -124,7 +124,7 @@ def test_a_user_who_leaves_and_a_candidate_without_words(tmp_path, capsys):
         assert [len(t["messages"]) for t in talks[:4]] == [0, 0, 2, 2]  # two openings were answered
         assert (told["win_rates"]["calm"]["value"], told["win_rates"]["calm"]["n"]) == (1.0, 6)
         assert {row["by"] for row in rows_of(tmp_path / "run/battles.jsonl")} == {"silence"}
-        assert not any("<answer A>" in text for text in server.seen)  # silence needs no judge
+        assert not any("<answer A " in text for text in server.seen)  # silence needs no judge
     said = " ".join(capsys.readouterr().out.split())
     assert "candidates.loud said nothing in 6 of 6 conversations" in said
     assert "user said nothing to candidates.calm in 6 of 12 conversations" in said
@@ -135,7 +135,7 @@ def test_a_candidate_that_is_now_and_then_silent_loses_these_conversations(tmp_p
         return "" if "tired" in text else CALM
 
     def answering(n, text):
-        return "[[C]]" if "<answer A>" in text else play(n, text)
+        return "[[C]]" if "<answer A " in text else play(n, text)
 
     with serving(answering) as server, serving(now_and_then) as mute:
         told = run(recipe(tmp_path, server.url, mute.url, turns=1))
@@ -145,7 +145,7 @@ def test_a_candidate_that_is_now_and_then_silent_loses_these_conversations(tmp_p
 
 def test_without_a_decided_comparison_the_reasons_are_told(tmp_path):
     def unsure(n, text):
-        return "hm" if "<answer A>" in text else play(n, text)
+        return "hm" if "<answer A " in text else play(n, text)
 
     with (
         serving(unsure) as server,
@@ -157,7 +157,7 @@ def test_without_a_decided_comparison_the_reasons_are_told(tmp_path):
 
 def test_messages_that_a_limit_cut_are_counted_and_the_user_s_end_with_a_whole_sentence(tmp_path, capsys):
     def cut_short(n, text):
-        if "<answer A>" in text:
+        if "<answer A " in text:
             return "[[C]]"
         return cut("I am tired. What should I d" if "next message" in text else "Rest a litt")
 

@@ -10,15 +10,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
-from forked import ENGINES
+from forked import ENGINES, Python
 from letter_models import LETTERS, letters
 from remote_kit import ENDS, asked, make_policy, move, opened
 
 from steersman.model import LoraConfig, Policy, load_policy
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.remote import ReceiptError, ServerSettings, launch, open_process, snapshot
+from steersman.rollout.remote.serve import READ, EngineRoutes, routes
+from steersman.rollout.remote.wire import ENGINE_KEY
 from steersman.types import Prompt, SteersmanError
 
 SAMPLING = Sampling(20)
@@ -430,3 +433,44 @@ def test_shared_memory_that_is_full_is_told_and_the_server_keeps_its_weights(run
         generator.update_weights(21)
     assert not list(generator._folder.path.glob("weights-21*"))
     assert same(before, generator.generate(asked(), SAMPLING, seed=1))
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_an_engine_obeys_nobody_without_its_key(running, method):
+    """Neither another user of the machine nor a web page that is open on it, whatever it asks."""
+    policy, generator = running
+    server, prompts = generator.stations[0].server, asked(2)
+    key = {"authorization": f"Bearer {server.key}"}
+    page = {"host": "evil.example", "origin": "http://evil.example", "content-type": "text/plain"}
+    paths = list(routes(EngineRoutes(lambda: policy, 8)))
+    with httpx2.Client(base_url=server.url, trust_env=False, timeout=30) as client:
+        for path in paths:
+            assert client.request(method, path).status_code == 401, path
+            assert client.request(method, path, headers={"authorization": "Bearer guessed"}).status_code == 401, path
+            assert client.request(method, path, headers=page | key).status_code == 400, path
+        for path in set(paths) - set(READ):
+            assert client.get(path, headers=key).status_code == 405, path
+        assert client.get("/version", headers=key).json() == {"steersman": True}
+    assert len(server.key) >= 32
+    drawn = generator.generate(prompts, SAMPLING, n=1, seed=(3,))
+    assert same(drawn, inside(policy).generate(prompts, SAMPLING, n=1, seed=(3,)))  # nothing paused it
+
+
+def test_an_engine_without_a_key_does_not_start(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENGINE_KEY, raising=False)
+    words = ["--model", str(tmp_path), "--port", "0", "--threads", "1", "--max-batch", "1", "--dtype", "float32"]
+    engine = Python("-m", "steersman.rollout.remote.serve", *words, "--device", "cpu")
+    _, said = engine.communicate(timeout=120)
+    assert engine.returncode == 2
+    assert "set the environment variable STEERSMAN_ENGINE_KEY" in " ".join(said.split())
+
+
+def test_a_server_at_an_address_wants_the_same_key(running, monkeypatch):
+    policy, generator = running
+    there = {"urls": (generator.stations[0].server.url,)}
+    for key in ("", "another key"):
+        monkeypatch.setenv(ENGINE_KEY, key)
+        with pytest.raises(SteersmanError, match="status 401.*STEERSMAN_ENGINE_KEY"):
+            opened(policy, **there)
+    monkeypatch.setenv(ENGINE_KEY, generator.stations[0].server.key)
+    opened(policy, **there).close()

@@ -10,8 +10,9 @@ import pytest
 from remote_kit import make_policy
 from test_faults import ASKED, CALL, Elsewhere, Stub, opened
 
+from steersman.rollout import Sampling
 from steersman.rollout.remote import ServerSettings, open_process, open_vllm
-from steersman.rollout.remote.dialects import Batchwise
+from steersman.rollout.remote.dialects import Batchwise, Requirements
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.snapshot import Snapshot
 from steersman.rollout.remote.station import Station
@@ -50,7 +51,11 @@ def station(tmp_path):
             timeout=20.0,
         )
         process.start()
-        made.append(Station(None, process, Batchwise(), owner="a", tolerance=1e-4, vocabulary=35, model={}))
+        station = Station(
+            None, process, Batchwise(), owner="a", tolerance=1e-4, vocabulary=35, wanted=Requirements({}),
+            drawn=Sampling(1),
+        )  # fmt: skip
+        made.append(station)
         return made[-1]
 
     yield make
@@ -135,16 +140,18 @@ def test_a_server_of_another_model_is_named_before_weights_are_sent(rows, change
     began = []
     stub = Stub(
         version={"version": "0.32.0"}, v1__models={"data": [{"id": "policy"}]}, weight_info={"weight_version": ""},
-        collective_rpc={"results": [{"max_num_seqs": 4, "model": held}]},
+        collective_rpc={
+            "results": [
+                {"max_num_seqs": 4, "model": held, "logprobs_mode": "processed_logprobs", "max_logprobs": 20}
+            ]
+        },
         start_weight_update=lambda: began.append(1) or {},
     )  # fmt: skip
     monkeypatch.setattr("test_faults.make_policy", lambda: policy)
-    generator = opened(open_vllm, stub, timeout=5.0)
     with pytest.raises(SteersmanError, match=f"its model is not the policy's: {said}") as caught:
-        generator.update_weights(1)
+        opened(open_vllm, stub, timeout=5.0)
     assert """--hf-overrides '{"tie_word_embeddings": false, "vocab_size": 35}'""" in str(caught.value)
     assert not began
-    generator.close()
 
 
 def test_the_rows_of_a_table_that_deepspeed_took_apart_are_those_of_all_its_pieces(monkeypatch):

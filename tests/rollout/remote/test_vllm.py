@@ -51,7 +51,10 @@ def served(tmp_path_factory):
 
     torch.set_num_threads(1)
     policy: Policy = load_policy(save_llama(tmp_path_factory.mktemp("llama")), device="cpu", dtype="float32")
-    generator = open_vllm(policy, ServerSettings(ends=(2,), max_batch=16, timeout=600.0, python=str(PYTHON), top_k=5))
+    generator = open_vllm(
+        policy,
+        ServerSettings(ends=(2,), max_batch=16, timeout=600.0, python=str(PYTHON), sampling=Sampling(1, top_k=5)),
+    )
     yield policy, generator
     generator.close()
 
@@ -200,10 +203,9 @@ def test_a_server_of_another_model_is_named(served, tmp_path):
 
     _, owner = served
     other = load_policy(save_llama(tmp_path, hidden=64), device="cpu", dtype="float32")
-    generator = open_vllm(other, ServerSettings((2,), 16, timeout=600.0, urls=(owner.stations[0].server.url,)))
+    wanted = ServerSettings((2,), 16, timeout=600.0, urls=(owner.stations[0].server.url,))
     with pytest.raises(SteersmanError, match="not the policy's: hidden_size is 128 there, and must be 64"):
-        generator.update_weights(0)
-    generator.close()
+        open_vllm(other, wanted)
     assert owner.update_weights(15)["sync/gap"] < 1e-4
 
 

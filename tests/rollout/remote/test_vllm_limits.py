@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from remote_kit import make_policy
+from test_told_logp import vllm
 
 from steersman.recipe.sections import RolloutConfig
 from steersman.rollout import Sampling
@@ -115,7 +116,8 @@ def test_the_tokenizer_s_own_end_is_withheld_beside_the_recipe_s(rows, padding):
     """vLLM samples neither before min_tokens; the loss renormalises over what is left."""
     policy = make_policy(vocab=rows)
     assert policy.tokenizer.eos_token_id == 2
-    generator = open_vllm(policy, ServerSettings((5,), 4, urls=("http://127.0.0.1:1",)))
+    stub = vllm(policy)
+    generator = open_vllm(policy, ServerSettings((5,), 4, urls=(stub.url,), timeout=5.0))
     one = _answered(generator, ids=[7, 7, 7])
     support = generator._support(one, Sampling(3, min_new_tokens=2))
     assert support is not None

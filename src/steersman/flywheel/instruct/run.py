@@ -203,19 +203,16 @@ def _rephrased(asked: Rows, writer: Writer) -> Rows:
 
 def _answers(ledger: Ledger, recipe: InstructRecipe, asked: Rows, wrap: bool) -> Rows:
     """Table: what the model says to each instruction."""
-    player = Player(recipe.model, recipe.run, ledger.device)
-    ledger.at_end(player.release)
     queries = [
         Query(_conversation(r, r["prompt"], wrap), Row(r, "instructions.jsonl", r["index"] + 1)) for r in asked
     ]
     made_from = ledger.sources("rephrased" if recipe.rephrase else "instructions")
-    rows = player.answers(
-        ledger, "answers", queries, range(len(queries)),
-        recipe.data.model_copy(update={"wrap_in_chat": False, "on_too_long": "drop"}), recipe.rollout,
-        n=recipe.rollout.samples, seed=(recipe.run.seed, 0), made_from=made_from,
-    )  # fmt: skip
-    player.release()
-    return rows
+    with Player(recipe.model, recipe.run, ledger.device) as player:
+        return player.answers(
+            ledger, "answers", queries, range(len(queries)),
+            recipe.data.model_copy(update={"wrap_in_chat": False, "on_too_long": "drop"}), recipe.rollout,
+            n=recipe.rollout.samples, seed=(recipe.run.seed, 0), made_from=made_from,
+        )  # fmt: skip
 
 
 def _mended(recipe: InstructRecipe, asked: Rows, answers: Rows, writer: Writer | None) -> Rows:

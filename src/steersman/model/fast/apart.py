@@ -20,7 +20,7 @@ from steersman.native import library
 from steersman.native.sequences import LONGEST, row_starts
 from steersman.types import Tokens
 
-TOGETHER = 2048
+TOKENS_PER_READ = 2048
 """Tokens of one read of the trunk: more make no product faster, and each read frees what it does not keep."""
 
 
@@ -36,11 +36,11 @@ def compiled_here(trunk: nn.Module) -> bool:
 
 
 def lines(length: Int[Tensor, " B"]) -> list[Int[Tensor, " b"]]:
-    """The rows in their order, in groups of at most TOGETHER tokens, or of one row."""
+    """The rows in their order, in groups of at most TOKENS_PER_READ tokens, or of one row."""
     groups: list[list[int]] = []
     total = 0
     for row, tokens in enumerate(length.tolist()):
-        if not groups or total + tokens > TOGETHER:
+        if not groups or total + tokens > TOKENS_PER_READ:
             groups.append([])
             total = 0
         groups[-1].append(row)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from steersman.model.fast.linear import quicken_linear, slow_linear
 from steersman.model.fast.own_forward import call_own_forward, own_forward
 from steersman.model.fast.plain import compiled_may_run
 from steersman.model.fast.trial import numbers, same
+from steersman.model.module_forward import ModuleForward
 from steersman.native import library
 from steersman.native.layers import GATES, gated, gates, norms, rms_norm
 
@@ -64,13 +64,13 @@ def _quick_forward(module: Any, asked: dict[Any, Any]) -> Callable[..., Any] | N
     if _norm_like(module):
         if kind not in asked:
             asked[kind] = _offset(module)
-        return None if asked[kind] is None else partial(_norm, module, asked[kind], _eps(module))
+        return None if asked[kind] is None else ModuleForward(_norm, module, asked[kind], _eps(module))
     if _gate_like(module):
         kind = kind, repr(module.act_fn)  # layers of one class may differ in it
         if kind not in asked:
             asked[kind] = _gate(module)
-        return None if asked[kind] is None else partial(_feed_forward, module, asked[kind])
-    return None if own_forward(kind) is None else partial(call_own_forward, module)
+        return None if asked[kind] is None else ModuleForward(_feed_forward, module, asked[kind])
+    return None if own_forward(kind) is None else ModuleForward(call_own_forward, module)
 
 
 def _norm_like(module: Any) -> bool:

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from steersman.model.probe import close, device_of, quiet
 
-ENOUGH = 0.8
+MAX_SHARE_READ = 0.8
 """Where more than this share of the states is read, all are made."""
 
 
 @contextmanager
 def narrowed(part: nn.Module | None, places: Int[Tensor, " n"], total: int) -> Iterator[None]:
     """While open, `part` sees these of the `total` places of its input, flattened, and gives zeros in all others."""
-    if part is None or not 0 < len(places) <= ENOUGH * total:
+    if part is None or not 0 < len(places) <= MAX_SHARE_READ * total:
         yield
         return
     whole, own = part.forward, vars(part).get("forward")

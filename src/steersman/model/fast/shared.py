@@ -26,7 +26,7 @@ from steersman.model.probe import cache_argument, close, device_of, quiet
 from steersman.model.prompt_layer import PromptLayer
 from steersman.types import Tokens, send
 
-CALL = {"cpu": 64, "accelerator": 2048}
+CALL_COST_TOKENS = {"cpu": 64, "accelerator": 2048}
 """What one more run of the trunk costs, in tokens' worth of work: so much padding it must save."""
 
 
@@ -37,7 +37,7 @@ ReadShared = Callable[[nn.Module, Tokens, Tensor, Tensor], list[Part]]
 
 
 def call_cost(device: torch.device) -> int:
-    return CALL["cpu" if device.type == "cpu" else "accelerator"]
+    return CALL_COST_TOKENS["cpu" if device.type == "cpu" else "accelerator"]
 
 
 def like_lengths(length: Int[Tensor, " B"], cost: int) -> list[Int[Tensor, " b"]]:

@@ -24,7 +24,7 @@ from steersman.model.probe import cache_argument
 from steersman.native.sequences import row_starts
 from steersman.types import Tokens
 
-PROMPTS = 8
+PROMPTS_PER_LINE = 8
 """A line has room for so many times its longest prompt, so that few tokens are read again where a prompt's responses
 need several lines."""
 
@@ -64,7 +64,7 @@ def _lines(tokens: Tokens, which: Int[Tensor, " B"]) -> list[Int[Tensor, " b"]]:
     for row, prompt in zip((order := which.argsort(stable=True)).tolist(), which[order].tolist(), strict=True):
         added = length[row] + (prompt_length[row] if prompt != last else 0)
         longest = max(longest, prompt_length[row])
-        if not groups or total + added > max(apart.TOGETHER, PROMPTS * longest):
+        if not groups or total + added > max(apart.TOKENS_PER_READ, PROMPTS_PER_LINE * longest):
             groups.append([])
             total, longest, added = 0, prompt_length[row], prompt_length[row] + length[row]
         groups[-1].append(row)

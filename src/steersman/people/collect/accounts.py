@@ -9,9 +9,16 @@ from steersman.people.collect.visit import Visit, go
 from steersman.people.store.raters import NOT_GONE_YET, add_person, forget, set_password
 from steersman.types import SteersmanError
 
+FIRST = (
+    "once there is an account everybody has to log in, so the first one is an admin's; add an account with the role "
+    "admin, log in with it, and add the others then"
+)
+
 
 def add(visit: Visit) -> Response:
     password, role = hashed(checked_password(visit.field("password"))), visit.field("role")
+    if visit.open and role != "admin":
+        raise SteersmanError(FIRST)
     with visit.store.begin() as session:
         add_person(session, visit.field("name"), role=role, password=password)
     return go("/admin")
@@ -19,6 +26,8 @@ def add(visit: Visit) -> Response:
 
 def new_password(visit: Visit) -> Response:
     """Of another person, who has to log in again with it."""
+    if visit.open:
+        raise SteersmanError(FIRST)
     name, password = _other(visit), hashed(checked_password(visit.field("password")))
     with visit.store.begin() as session:
         set_password(session, name, password)

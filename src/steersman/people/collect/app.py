@@ -25,12 +25,17 @@ from steersman.people.collect import accounts, chat, judging, looking, people, r
 from steersman.people.collect.texts import LANGUAGES, language
 from steersman.people.collect.visit import Site, Visit, go
 from steersman.people.store.database import is_away, reason
+from steersman.people.store.raters import people as accounts_of
 from steersman.people.store.raters import visitor
 from steersman.types import SteersmanError
 
 FOREIGN_FORM = (
     "this form is of another page or another login; send it again, and if that does not help, copy what you wrote "
     "and load the page anew"
+)
+FORWARDED_OPEN = (
+    "this request came through a proxy, and while the store has no account these pages are for this machine alone; "
+    "make one first: steersman collect --store STORE --add_account NAME --role admin"
 )
 PAGES_AT_ONCE, ANSWERS_AT_ONCE = 8, 512
 """Pages that are made at the same time, and requests that may wait for a model meanwhile without holding up pages."""
@@ -51,6 +56,7 @@ def make_app(site: Site, *, host: str = "127.0.0.1") -> Starlette:
     return Starlette(
         routes=[
             route("/", judging.home),
+            route("/enter/{key}", people.enter_here, public=True),
             route("/login", people.login, "GET", "POST", public=True),
             route("/logout", people.logout, "POST"),
             route("/name", people.name, "POST"),
@@ -118,11 +124,12 @@ def _served(visit: Visit, handler: Handler, public: bool, admin: bool) -> Respon
 
 
 def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Response:
-    token, fresh = visit.request.cookies.get(security.COOKIE, ""), None
+    token = visit.request.cookies.get(security.COOKIE, "")
     with visit.store.read() as session:
-        visit.who = visitor(session, token) if token else None
-    if visit.who is None and visit.site.open and visit.request.method == "GET":
-        visit.who, fresh = people.enter_here(visit.store)
+        visit.open = visit.site.local and not accounts_of(session)
+        if visit.open and security.is_forwarded(visit.request):
+            return visit.error_page(FORWARDED_OPEN, 403)
+        visit.who = visitor(session, token, passwordless=visit.open) if token else None
     if visit.who is None and not public:
         if visit.form is not None:  # what was written stays on the page that sends it
             return visit.error_page(LANGUAGES[visit.lang]["logged_out"], 401)
@@ -135,12 +142,9 @@ def _answer(visit: Visit, handler: Handler, public: bool, admin: bool) -> Respon
         if not visit.site.rates.allows("post", visit.who.csrf):
             return visit.error_page(LANGUAGES[visit.lang]["busy"], 429)
     try:
-        response = handler(visit)
+        return handler(visit)
     except SteersmanError as error:
-        response = visit.error_page(str(error))
-    if fresh is not None:
-        security.set_login(response, visit.request, fresh)
-    return response
+        return visit.error_page(str(error))
 
 
 class _Headers:

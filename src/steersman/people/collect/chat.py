@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from steersman.people.collect.forms import REASONS, seconds_of, text_of, thumb_of
 from steersman.people.collect.visit import Visit, go
+from steersman.people.store.assignments import assign
 from steersman.people.store.conversations import (
     TurnText,
     add_turn,
@@ -20,7 +21,7 @@ from steersman.people.store.conversations import (
     path_to,
     start,
 )
-from steersman.people.store.items import CHAT, NewItem, add_item, assign, make_queue
+from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
 from steersman.people.store.judgements import judge_turn, thumbs
 from steersman.people.store.schema import Assignment, Conversation, Item, Turn
 from steersman.types import SteersmanError

@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from steersman.people.store.items import ShownItem
+from steersman.people.store.assignments import ShownItem
 from steersman.people.store.verdicts import Verdict
 from steersman.types import SteersmanError
 

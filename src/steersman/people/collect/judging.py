@@ -11,17 +11,16 @@ from starlette.responses import Response
 
 from steersman.people.collect.forms import seconds_of, verdict_of
 from steersman.people.collect.visit import Visit, go, own_path
-from steersman.people.store.conversations import TurnText, add_turn, messages, path
-from steersman.people.store.items import (
-    CHAT,
+from steersman.people.store.assignments import (
     ShownItem,
-    asking_queues,
     next_item,
     own_assignment,
     place_of,
     progress,
     shown_item,
 )
+from steersman.people.store.conversations import TurnText, add_turn, messages, path
+from steersman.people.store.items import CHAT, asking_queues
 from steersman.people.store.judgements import checked_key, judge_item, undo
 from steersman.people.store.schema import Assignment, Conversation, Model, Queue, Turn
 

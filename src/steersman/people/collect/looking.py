@@ -12,8 +12,8 @@ from sqlalchemy import select
 from starlette.responses import Response
 
 from steersman.people.collect.visit import Visit
+from steersman.people.store.assignments import coverage
 from steersman.people.store.conversations import all_turns, path_to
-from steersman.people.store.items import coverage
 from steersman.people.store.judgements import live
 from steersman.people.store.opinions import (
     Opinion,

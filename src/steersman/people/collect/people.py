@@ -1,4 +1,4 @@
-"""Logging in and out, the name on this machine, the language."""
+"""Logging in and out, the link of this machine, the name, the language."""
 
 from __future__ import annotations
 
@@ -7,38 +7,40 @@ from starlette.responses import Response
 from steersman.people.collect import security
 from steersman.people.collect.texts import LANGUAGES
 from steersman.people.collect.visit import Visit, go, own_path
-from steersman.people.store import Store
-from steersman.people.store.raters import Visitor, find_person, known_person, log_in, log_out, visitor
+from steersman.people.store.raters import LONGEST_NAME, find_person, known_person, log_in, log_out
 from steersman.types import SteersmanError
 
 LOCAL_NAME = "local"
 """Who judges on this machine before another name is chosen."""
 
 
-def enter(store: Store, name: str) -> tuple[Visitor | None, str]:
-    """A login without a password, on this machine only. Raises SteersmanError for an account that has one."""
-    with store.begin() as session:
+def enter_here(visit: Visit) -> Response:
+    """Lets in whoever has the link that `steersman collect` prints, while nobody has a password."""
+    if not visit.open or not security.same_secret(visit.arg("key"), visit.site.key):
+        return visit.error_page("404", 404)
+    return _entered(visit, LOCAL_NAME)
+
+
+def _entered(visit: Visit, name: str) -> Response:
+    """A login without a password. Raises SteersmanError for an account that has one."""
+    with visit.store.begin() as session:
         person = known_person(session, name, role="admin" if name == LOCAL_NAME else "rater")
         if person.password is not None:
             raise SteersmanError(f"{name}: this account has a password; choose another name")
         token = log_in(session, person.rater_id)
-        session.flush()
-        return visitor(session, token), token
-
-
-def enter_here(store: Store) -> tuple[Visitor | None, str | None]:
-    """The login of whoever opens the pages on this machine; none where the account has a password to log in with."""
-    try:
-        return enter(store, LOCAL_NAME)
-    except SteersmanError:
-        return None, None
+    response = go("/")
+    security.set_login(response, visit.request, token)
+    return response
 
 
 def login(visit: Visit) -> Response:
     if visit.request.method == "GET":
         return visit.page("login.html", wrong=False)
+    name = visit.field("name").strip()[:LONGEST_NAME]
+    if not visit.site.rates.allows("login-name", name):
+        return visit.error_page(LANGUAGES[visit.lang]["busy"], 429)
     with visit.store.read() as session:
-        person = find_person(session, str(visit.form.get("name", ""))[:100])
+        person = find_person(session, name)
     stored = person.password if person is not None else None
     if not security.right_password(stored, str(visit.form.get("password", ""))) or person is None:
         return visit.page("login.html", 401, wrong=True)
@@ -58,13 +60,8 @@ def logout(visit: Visit) -> Response:
 
 
 def name(visit: Visit) -> Response:
-    """Judges under another name: where only this machine reaches the pages."""
-    if not visit.site.open:
-        return visit.error_page("404", 404)
-    _, token = enter(visit.store, str(visit.form.get("name", "")))
-    response = go("/")
-    security.set_login(response, visit.request, token)
-    return response
+    """Judges under another name, while nobody has a password."""
+    return _entered(visit, visit.field("name")) if visit.open else visit.error_page("404", 404)
 
 
 def language(visit: Visit) -> Response:

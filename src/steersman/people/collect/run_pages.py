@@ -22,7 +22,7 @@ def runs(visit: Visit) -> Response:
     """Every run with what it holds."""
     found = _runs(visit)
     rows = [(run, run.last_step()) for run in found.values()]
-    return visit.page("look_runs.html", tab="runs", rows=rows, root=str(visit.site.runs or ""))
+    return visit.page("look_runs.html", rows=rows, root=str(visit.site.runs or ""))
 
 
 def run(visit: Visit) -> Response:
@@ -39,7 +39,7 @@ def run(visit: Visit) -> Response:
         for name in names
     ]
     steps = [row.get("step") for row in shown]
-    return visit.page("look_run.html", tab="runs", run=one, steps=steps, table=table, sampled=sorted(sampled))
+    return visit.page("look_run.html", run=one, steps=steps, table=table, sampled=sorted(sampled))
 
 
 def rows(visit: Visit) -> Response:
@@ -56,9 +56,8 @@ def rows(visit: Visit) -> Response:
     shown = list(islice(found, first, first + PAGE + 1))
     more = first + PAGE if len(shown) > PAGE else None
     return visit.page(
-        "look_rows.html", tab="runs", run=one, table=table, rows=[_parts(row) for row in shown[:PAGE]], q=words,
-        step=step, order=order, orders=sorted({name for row in shown for name in rewards(row)}), first=first,
-        more=more,
+        "look_rows.html", run=one, table=table, rows=[_parts(row) for row in shown[:PAGE]], q=words,
+        step=step, order=order, orders=sorted({name for row in shown for name in rewards(row)}), more=more,
     )  # fmt: skip
 
 
@@ -77,7 +76,7 @@ def side_by_side(visit: Visit) -> Response:
         if matches({"prompt": prompt, "answers": list(answers.values())}, words)
     ]
     return visit.page(
-        "look_beside.html", tab="runs", all_runs=[n for n, r in found.items() if SAMPLES in r.tables], names=names,
+        "look_beside.html", all_runs=[n for n, r in found.items() if SAMPLES in r.tables], names=names,
         columns=columns, wanted=wanted, prompts=shown[:PAGE], count=len(shown), q=words,
     )  # fmt: skip
 

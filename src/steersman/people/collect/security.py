@@ -22,8 +22,10 @@ HEADERS = {
 }
 LARGEST_BODY = 1 << 20
 SHORTEST_PASSWORD = 10
-LIMITS = {"login": (10, 60.0), "post": (120, 60.0)}
-"""How many requests in how many seconds one client may send."""
+LIMITS = {"login": (10, 60.0), "login-name": (10, 60.0), "post": (120, 60.0)}
+"""How many requests in how many seconds one client may send; `login-name`: all clients together for one name."""
+FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+"""Headers by which proxies say for whom they ask."""
 _hasher = argon2.PasswordHasher()
 _NOBODY = _hasher.hash("nobody's password, so that an unknown name takes as long as a wrong password")
 
@@ -58,9 +60,19 @@ def is_same_site(request: Request) -> bool:
     return request.headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
 
 
+def is_forwarded(request: Request) -> bool:
+    """Whether a proxy says that it asks for somebody else."""
+    return any(name in request.headers for name in FORWARDED)
+
+
 def has_token(form: Any, csrf: str) -> bool:
     """Whether a form holds the login's token, and so comes from a page of ours."""
-    return hmac.compare_digest(str(form.get("csrf", "")).encode(errors="replace"), csrf.encode())
+    return same_secret(str(form.get("csrf", "")), csrf)
+
+
+def same_secret(given: str, secret: str) -> bool:
+    """Whether they are the same; the time that it takes does not tell how much of it is."""
+    return hmac.compare_digest(given.encode(errors="replace"), secret.encode())
 
 
 def set_login(response: Response, request: Request, token: str) -> None:

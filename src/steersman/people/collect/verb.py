@@ -15,7 +15,7 @@ from steersman.config.sections import Section
 from steersman.data import read_rows
 from steersman.data.rows import Row
 from steersman.guards.untrusted import parse_json
-from steersman.people.addresses import in_url, is_loopback
+from steersman.people.addresses import in_url, is_loopback, trusted_proxies
 from steersman.people.collect.answering import AnsweringModel, AnsweringSampling, open_answerer
 from steersman.people.collect.ending import closed_before_end
 from steersman.people.store import Store, open_store
@@ -69,7 +69,7 @@ class CollectRecipe(Section):
     )
     host: str = Field(
         default="127.0.0.1",
-        description="address to listen on; unless it is this machine's own (127.0.0.1), accounts are required",
+        description="address to listen on; at any but this machine's own (127.0.0.1) the store must have an account",
     )
     port: int = Field(default=8080, ge=0, le=65535, description="port to listen on")
     runs: str | None = Field(default=None, description="folder with run folders, which admins see under Look")
@@ -106,19 +106,30 @@ def _serve(store: Store, recipe: CollectRecipe) -> dict[str, Any]:
     from steersman.people.collect.visit import Site
 
     models = _answering(recipe)
-    is_open, runs = is_loopback(recipe.host), open_root(recipe.runs)
+    local, runs = is_loopback(recipe.host), open_root(recipe.runs)
     with store.read() as session:
-        if not is_open and not people(session):
+        is_open = not people(session)
+        if is_open and not local:
             raise SteersmanError(
                 f"host {recipe.host}: others can reach this address, so it wants accounts; make one first: "
                 f"steersman collect --store {recipe.store} --add_account NAME --role admin"
             )
     fill(store, recipe)
     set_threads(max(1, min(set_threads(None), (os.cpu_count() or 1) - 1)))  # a core is left to the pages
-    site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, is_open, runs)
+    site = Site(store, [open_answerer(m, recipe.sampling) for m in models], recipe.system, local, runs)
     app = make_app(site, host=recipe.host)
-    print(f"http://{in_url(recipe.host)}:{recipe.port}  (store {store.url}; Ctrl-C ends)", flush=True)
-    uvicorn.run(app, host=recipe.host, port=recipe.port, log_config=None, server_header=False, access_log=False)
+    link = f"/enter/{site.key}" if is_open else ""
+    print(f"http://{in_url(recipe.host)}:{recipe.port}{link}  (store {store.url}; Ctrl-C ends)", flush=True)
+    if is_open:
+        print(
+            "The store has no account, so there are no passwords: whoever has this link is an admin. For several "
+            f"people make accounts: steersman collect --store {recipe.store} --add_account NAME --role admin",
+            flush=True,
+        )
+    uvicorn.run(
+        app, host=recipe.host, port=recipe.port, log_config=None, server_header=False, access_log=False,
+        forwarded_allow_ips=trusted_proxies(),
+    )  # fmt: skip
     return {"store": store.url}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,26 +25,29 @@ NOTES = ("undone", "thumb_undone", "undo_nothing", "stands")
 
 @dataclass(slots=True)
 class Site:
-    """What all requests share. With `open` there are no passwords: only this machine reaches the pages. `runs` is the
-    folder of runs that admins look at."""
+    """What all requests share. On a `local` site, which only this machine reaches, there are no passwords until the
+    store has an account: `/enter/KEY` lets in whoever was told the `key`. `runs` is the folder of runs that admins
+    look at."""
 
     store: Store
     answerers: list[Answerer] = field(default_factory=list)
     system: str = ""
-    open: bool = True
+    local: bool = True
     runs: Path | None = None
+    key: str = field(default_factory=lambda: secrets.token_urlsafe(24))
     rates: Rates = field(default_factory=lambda: Rates(security.LIMITS))
 
 
 @dataclass(slots=True)
 class Visit:
-    """One request: who, in which language, with which form."""
+    """One request: who, in which language, with which form. It is `open` where nobody has a password yet."""
 
     site: Site
     request: Request
     who: Visitor | None
     lang: str
     form: Any = None
+    open: bool = False
 
     @property
     def store(self) -> Store:
@@ -64,7 +68,7 @@ class Visit:
     def page(self, template: str, status: int = 200, **values: Any) -> Response:
         words = LANGUAGES[self.lang]
         text = _templates.get_template(template).render(
-            t=words, lang="zh-Hans" if self.lang == "zh" else "en", who=self.who, open=self.site.open,
+            t=words, lang="zh-Hans" if self.lang == "zh" else "en", who=self.who, open=self.open,
             key=str(uuid.uuid4()), path=self._path(), note=self._note(), **values,
         )  # fmt: skip
         return HTMLResponse(text, status)

@@ -36,8 +36,8 @@ PATHS = {ChatAsk: "/chat/completions", TextAsk: "/completions"}
 
 
 class Server:
-    """The routes over models by name. `keys` are the API keys that are let in, `admin_keys` those that may also put
-    another model in the place of one; without either everybody may.
+    """The routes over models by name. `keys` are the API keys that are let in, without any everybody is; `admin_keys`
+    those that may also put another model in the place of one, without any nobody may.
 
     `load` makes what serves the model of a folder; `hosts` are the names that a request may call this server by, so
     that a page of another site can not reach it through a name of its own. `rate` counts requests a minute and client
@@ -92,8 +92,8 @@ class Server:
         refusal = self._stranger(request)
         if refusal is not None:
             return refusal
-        if (self.keys or self.admin_keys) and not _among(request, self.admin_keys):
-            return self._refuse(403, "this key may ask, and not exchange models; use one of serve.admin_token_file")
+        if not _among(request, self.admin_keys):
+            return self._refuse(403, "exchanging models wants a key of serve.admin_token_file")
         if not _is_json(request):
             return self._refuse(400, NOT_JSON)
         try:

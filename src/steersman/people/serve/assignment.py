@@ -35,10 +35,8 @@ class Assignment(Generic[Model]):
         path: str,
         open_model: Callable[[ServedModel], Model],
         close_model: Callable[[Model], None],
-        *,
-        again: float = AGAIN,
     ) -> None:
-        self.path, self.open, self.close, self.again = Path(path), open_model, close_model, again
+        self.path, self.open, self.close = Path(path), open_model, close_model
         self.serving, self.modified = self._read()
         self.models = {one: open_model(one) for one in self._named(self.serving)}
         self.loading: asyncio.Task[None] | None = None
@@ -91,9 +89,9 @@ class Assignment(Generic[Model]):
         if seen != self._failed:
             say(
                 f"serving {self.path}: {error}; what was served before goes on, and it is tried again every "
-                f"{self.again:g} seconds, and when the file changes"
+                f"{AGAIN:g} seconds, and when the file changes"
             )
-        self._failed, self._until = seen, time.monotonic() + self.again
+        self._failed, self._until = seen, time.monotonic() + AGAIN
 
     def _opened(self, wanted: list[ServedModel]) -> dict[ServedModel, Model]:
         """All of them, or none is left open."""

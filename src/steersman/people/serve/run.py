@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, layout
 from steersman.model import Policy, context_length
-from steersman.people.addresses import host_names, in_url, is_loopback
+from steersman.people.addresses import host_names, in_url, is_loopback, trusted_proxies
 from steersman.people.serve.app import Server
 from steersman.people.serve.assignment import Assignment
 from steersman.people.serve.backend import Backend, BackendSection
@@ -33,7 +33,7 @@ class ServeSection(Section):
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     token_file: str | None = Field(default=None, description="file of API keys, one a line; null lets everybody in")
     admin_token_file: str | None = Field(
-        default=None, description="file of API keys that may exchange models; with token_file alone nobody may"
+        default=None, description="file of API keys that may exchange models; null: nobody may"
     )
     rate: int | None = Field(default=None, ge=1, description="requests a minute that one key, or address, may send")
     max_batch: int = Field(default=16, ge=1, description="sequences decoded side by side")
@@ -100,7 +100,10 @@ def run(recipe: ServeRecipe) -> dict[str, Any]:
     what = ", ".join(filter(None, (*models, alias))) or f"what {recipe.backend.url} has"
     print(f"serving {what} on http://{in_url(recipe.serve.host)}:{recipe.serve.port}/v1", flush=True)
     # Its own set-up of logging would close the handlers of all others in this process.
-    uvicorn.run(server.app(), host=recipe.serve.host, port=recipe.serve.port, log_config=None)
+    uvicorn.run(
+        server.app(), host=recipe.serve.host, port=recipe.serve.port, log_config=None,
+        forwarded_allow_ips=trusted_proxies(),
+    )  # fmt: skip
     return {"requests": server.requests}
 
 

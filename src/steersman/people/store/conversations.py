@@ -24,9 +24,9 @@ class TurnText:
     seconds: float | None = None
 
 
-def start(session: Session, rater_id: int, *, source: str = HERE, system: str = "") -> Conversation:
-    """A new conversation, with a system turn where there is a prompt for one."""
-    made = Conversation(id=new_id(), rater_id=rater_id, created=now(), title="", source=source, leaf_id=None)
+def start(session: Session, rater_id: int, *, system: str = "") -> Conversation:
+    """A new conversation on our own pages, with a system turn where there is a prompt for one."""
+    made = Conversation(id=new_id(), rater_id=rater_id, created=now(), title="", source=HERE, leaf_id=None)
     session.add(made)
     session.flush()
     if system:
@@ -76,15 +76,6 @@ def all_turns(session: Session, conversation_id: str) -> dict[str, Turn]:
         select(Turn).where(Turn.conversation_id == conversation_id).order_by(Turn.created, Turn.id)
     )
     return {turn.id: turn for turn in found}
-
-
-def newest_leaf(turns: dict[str, Turn], turn_id: str) -> str:
-    """The end of the newest branch that goes on behind a turn."""
-    while True:
-        later = [t for t in turns.values() if t.parent_id == turn_id]
-        if not later:
-            return turn_id
-        turn_id = max(later, key=lambda t: t.created).id
 
 
 def messages(turns: list[Turn]) -> list[dict[str, str]]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
+from steersman.guards.terminal import say
 from steersman.types import SteersmanError
 
 try:
@@ -95,6 +97,7 @@ class Store:
 def open_store(place: str | Path, *, create: bool = True) -> Store:
     """The store at a URL (`sqlite:///FILE`, `postgresql://HOST/NAME`) or in an SQLite file, its tables up to date.
 
+    An SQLite store is its owner's alone (mode 600); one that others can read is narrowed, and that is told.
     Whoever opens a store whose tables are up to date waits for no writer. Raises SteersmanError for another kind of
     URL, a password inside it, a file that is no store and, unless `create`, where nothing is there yet;
     StoreAwayError for a server that does not answer.
@@ -107,6 +110,8 @@ def open_store(place: str | Path, *, create: bool = True) -> Store:
             raise SteersmanError(f"{name}: there is no such store; `steersman collect --store {file}` makes one")
         if not file.parent.is_dir():
             raise SteersmanError(f"{name}: the folder {file.parent} does not exist")
+        with suppress(OSError):  # what can not be made is told by SQLite
+            file.touch(mode=0o600, exist_ok=False)
         engine = sqlalchemy.create_engine(
             url, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=16, max_overflow=64
         )
@@ -119,7 +124,23 @@ def open_store(place: str | Path, *, create: bool = True) -> Store:
     except DBAPIError as error:
         engine.dispose()
         raise _failure(error)(f"store {name}: it can not be opened ({reason(error)})") from error
+    if url.drivername == "sqlite":
+        _make_private(Path(str(url.database)).resolve())
     return Store(engine, name)
+
+
+def _make_private(file: Path) -> None:
+    """Leaves an SQLite store, which holds names, chats and password hashes, to its owner alone.
+
+    SQLite makes the files beside it, -wal and -shm, with the mode of the store; those that are there get it here.
+    What is somebody else's, or can not be changed, stays as it is.
+    """
+    for part in (file, file.with_name(f"{file.name}-wal"), file.with_name(f"{file.name}-shm")):
+        with suppress(OSError):
+            mode = stat.S_IMODE(part.stat().st_mode)
+            if mode & 0o077:
+                part.chmod(mode & 0o700)
+                say(f"{part}: other users of this machine could read it (mode {mode:o}); now its owner alone can")
 
 
 @contextmanager
@@ -200,9 +221,10 @@ def store_url(place: str | Path) -> Any:
         raise SteersmanError(f"store {text.split('@')[-1]!r}: no address of a database") from None
     if url.drivername not in DRIVERS:
         raise SteersmanError(f"store {url.drivername}://...: known are sqlite:///FILE and postgresql://HOST/NAME")
-    if url.password is not None:
+    if url.password is not None or "password" in url.query:
+        plain = url.difference_update_query(["password"]).render_as_string(hide_password=True)
         raise SteersmanError(
-            f"store {url.render_as_string(hide_password=True)}: a password in an address ends up in recipes and "
+            f"store {plain}: a password in an address ends up in recipes and "
             "logs; put it into the environment variable PGPASSWORD or the file ~/.pgpass"
         )
     if url.drivername == "sqlite" and url.database in (None, "", ":memory:"):

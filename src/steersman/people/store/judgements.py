@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session, aliased
 
+from steersman.people.store.assignments import ShownItem
 from steersman.people.store.database import found_or_made, now
-from steersman.people.store.items import ShownItem
-from steersman.people.store.schema import HERE, Assignment, Item, JudgementRow, Rater, Turn
+from steersman.people.store.schema import HERE, Assignment, JudgementRow, Rater, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
 
@@ -104,17 +104,6 @@ def thumbs(session: Session, rater_id: int, turn_ids: list[str]) -> dict[str, Ju
         .order_by(JudgementRow.id)
     )
     return {str(row.turn_id): row for row in rows}
-
-
-def last_item(session: Session, rater_id: int) -> Item | None:
-    """The item of the rater's newest judgement that counts."""
-    return session.scalar(
-        select(Item)
-        .join(JudgementRow, JudgementRow.item_id == Item.id)
-        .where(JudgementRow.rater_id == rater_id, live())
-        .order_by(JudgementRow.id.desc())
-        .limit(1)
-    )
 
 
 def checked_key(key: str) -> str:

@@ -160,8 +160,9 @@ def log_out(session: Session, token: str) -> None:
     session.execute(delete(Login).where(Login.token == _hash(token)))
 
 
-def visitor(session: Session, token: str) -> Visitor | None:
-    """Whose login this token is; None where it is nobody's or has run out."""
+def visitor(session: Session, token: str, *, passwordless: bool = False) -> Visitor | None:
+    """Whose login this token is; None where it is nobody's or has run out, and, unless `passwordless`, where its
+    person has no password."""
     row = session.execute(
         select(Login, Person, Rater)
         .join(Person, Person.rater_id == Login.rater_id)
@@ -171,6 +172,8 @@ def visitor(session: Session, token: str) -> Visitor | None:
     if row is None:
         return None
     login, person, rater = row
+    if person.password is None and not passwordless:
+        return None
     return Visitor(rater.id, rater.pseudonym, person.name, person.role, login.csrf)
 
 

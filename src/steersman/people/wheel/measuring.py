@@ -16,11 +16,9 @@ from steersman.people.judgements import Judgement
 from steersman.people.wheel import evaluation
 from steersman.people.wheel.recipe import WheelRecipe
 from steersman.run.files.ledger import Ledger, Rows
+from steersman.run.seed import SamplingStream
 from steersman.statistics.estimates import Estimate, share
 from steersman.types import SteersmanError
-
-LOOK = 1 << 31
-"""Stream of the held-out answers: the same for every model."""
 
 
 class Measuring:
@@ -49,10 +47,11 @@ class Measuring:
         mine, theirs = (
             self.ledger.table(
                 f"{self.name}/answers-{side}", partial(self._answers, player, players[1], asked), model=model,
-                streams=[LOOK],
+                streams=[SamplingStream.WHEEL_LOOK],
             )
             for side, player, model in zip(("candidate", "current"), players, models, strict=True)
         )  # fmt: skip
+        players[1].release()  # it has read both models' answers
         found = evaluation.human_metrics(held_out, readings) | evaluation.guard_metrics(mine, theirs)
         found |= self._judged(held_out, mine, theirs)
         rows = [{"metric": name, **one.plain()} for name, one in found.items()]
@@ -64,7 +63,7 @@ class Measuring:
         return Player(config, self.recipe.run, self.ledger.device)
 
     def _answers(self, player: Player, reader: Player, asked: list[Query]) -> Rows:
-        rollout, seed = self.recipe.rollout, (self.recipe.run.seed, LOOK)
+        rollout, seed = self.recipe.rollout, (self.recipe.run.seed, SamplingStream.WHEEL_LOOK)
         rows = player.answer(asked, range(len(asked)), self.data, rollout, n=1, seed=seed)[0]
         player.release()
         return evaluation.with_logp(reader, self.data, rows)

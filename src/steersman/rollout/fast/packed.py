@@ -7,7 +7,7 @@ second copy for as long as the call lasts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ def lasts(steps: int) -> bool:
 
 def clears(model: Any, steps: int) -> bool:
     """Whether a call of so many steps first gives back what lies free in the C library's heap, where little of what
-    it makes would fit."""
+    it makes would fit, and at its end what it leaves there."""
     return lasts(steps) and next(model.parameters()).is_cpu and _size(model) >= LARGE
 
 
@@ -49,12 +49,15 @@ def _size(model: Any) -> int:
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
-def for_call(model: Any, steps: int) -> AbstractContextManager[None]:
-    """While open, adapters are added into their layers where the call earns it. Begins by clearing the heap, if the
-    call `clears` it."""
-    if clears(model, steps):
-        give_back()
-    return folded(model) if lasts(steps) else nullcontext()
+@contextmanager
+def for_call(model: Any, steps: int) -> Iterator[None]:
+    """While open, adapters are added into their layers where the call earns it. Clears the heap before and after, if
+    the call `clears` it."""
+    clear = give_back if clears(model, steps) else lambda: None
+    clear()
+    with folded(model) if lasts(steps) else nullcontext():
+        yield
+    clear()
 
 
 def packed_bytes(model: Any, steps: int) -> int:

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from steersman.model.served_tokenizer import require_same_tokens, tokenize_request
 from steersman.rollout.remote.replies import Reply, SampleRequest, replies
-from steersman.rollout.remote.wire import NotServedError, Server, ServerGoneError
+from steersman.rollout.remote.wire import NotServedError, Server, ServerGoneError, StartedWith
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
@@ -26,6 +27,20 @@ OVERRIDDEN = ("tie_word_embeddings", "vocab_size")
 """Settings that a server needs otherwise than the model's folder may have them: tables apart, and without padding."""
 TRIED = "0.32.0"
 """The version of vLLM that this was tried with; older ones lack routes."""
+LOGPROBS_MODE = "processed_logprobs"
+"""vLLM's word for log-probabilities of the distribution that was drawn from, tempered and truncated; its own default
+are those of temperature 1 over the whole vocabulary."""
+
+
+@dataclass(slots=True, frozen=True)
+class Requirements:
+    """What a server that steersman did not start must have to sample for a policy: settings of its `model`, and the
+    policy's `tokenizer` (None: not compared). Any server must tell the log-probabilities of the `logprobs` likeliest
+    tokens."""
+
+    model: Mapping[str, Any]
+    tokenizer: Any = None
+    logprobs: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -64,9 +79,9 @@ class Dialect(Protocol):
         there."""
         ...
 
-    def check(self, server: Server, model: Mapping[str, Any]) -> ServerLimits:
-        """What the server can take. Raises SteersmanError where it is of another kind or too old, or where its model
-        has other settings than those in `model`."""
+    def check(self, server: Server, wanted: Requirements) -> ServerLimits:
+        """What the server can take. Raises SteersmanError where it is of another kind or too old, or has not what is
+        wanted."""
         ...
 
 
@@ -93,10 +108,11 @@ class Batchwise:
         )
         return [found[i * one.n : (i + 1) * one.n] for i, one in enumerate(asked)]
 
-    def check(self, server: Server, model: Mapping[str, Any]) -> ServerLimits:
+    def check(self, server: Server, wanted: Requirements) -> ServerLimits:
         told = server.get("/version")
         if not isinstance(told, dict) or "steersman" not in told:
             raise SteersmanError(server.message("it is no engine of steersman; for vLLM set rollout.engine: vllm"))
+        _compare_tokenizers(server, wanted, {})
         return ServerLimits(server.window())
 
 
@@ -143,7 +159,7 @@ class Promptwise:
         if gone:
             raise gone[0]
 
-    def check(self, server: Server, model: Mapping[str, Any]) -> ServerLimits:
+    def check(self, server: Server, wanted: Requirements) -> ServerLimits:
         told = server.get("/version")
         version = str(told.get("version", "")) if isinstance(told, dict) else ""
         if numbers(version) < numbers(TRIED):
@@ -160,22 +176,54 @@ class Promptwise:
                             f"with --served-model-name {self.model}")
             )  # fmt: skip
         server.weights()
-        most, held = server.settings()
-        others = [
-            f"{key} is {held[key]} there, and must be {value}"
-            for key, value in model.items()
-            if held.get(key, value) != value
-        ]
-        if others:
-            overrides = {key: model[key] for key in OVERRIDDEN if key in model}
-            beside = f" and --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
-            raise SteersmanError(
-                server.message(
-                    f"its model is not the policy's: {'; '.join(others)}. Start it with the policy's own folder "
-                    f"(--model){beside}; docs/how-to/vllm.md has the whole command"
-                )
+        started = server.settings()
+        _require_model(server, wanted.model, started.model)
+        _require_logprobs(server, wanted.logprobs, started)
+        _compare_tokenizers(server, wanted, {"model": self.model})
+        return ServerLimits(server.window(), started.most)
+
+
+def _require_model(server: Server, model: Mapping[str, Any], held: Mapping[str, Any]) -> None:
+    others = [
+        f"{key} is {held[key]} there, and must be {value}"
+        for key, value in model.items()
+        if held.get(key, value) != value
+    ]
+    if others:
+        overrides = {key: model[key] for key in OVERRIDDEN if key in model}
+        beside = f" and --hf-overrides '{json.dumps(overrides)}'" if overrides else ""
+        raise SteersmanError(
+            server.message(
+                f"its model is not the policy's: {'; '.join(others)}. Start it with the policy's own folder "
+                f"(--model){beside}; docs/how-to/vllm.md has the whole command"
             )
-        return ServerLimits(server.window(), most)
+        )
+
+
+def _require_logprobs(server: Server, wanted: int, started: StartedWith) -> None:
+    if started.logprobs_mode != LOGPROBS_MODE:
+        raise SteersmanError(
+            server.message(
+                f"it tells {started.logprobs_mode}, which are not the log-probabilities of the distribution that "
+                f"tokens are drawn from; start it with --logprobs-mode {LOGPROBS_MODE} (where steersman starts it, "
+                "leave that option out of rollout.arguments)"
+            )
+        )
+    if -1 < started.max_logprobs < wanted:
+        raise SteersmanError(
+            server.message(
+                f"it tells the log-probabilities of {started.max_logprobs} tokens at most, and rollout.top_k needs "
+                f"{wanted}; start it with --max-logprobs {wanted} or more, or lower rollout.top_k"
+            )
+        )
+
+
+def _compare_tokenizers(server: Server, wanted: Requirements, model: Mapping[str, str]) -> None:
+    if wanted.tokenizer is not None:
+        request = tokenize_request(wanted.tokenizer)
+        told = server.tokenized({**model, **request})
+        mend = "Start it with the policy's own tokenizer (vLLM: --tokenizer)"
+        require_same_tokens(wanted.tokenizer, request, told, server.message, mend=mend)
 
 
 def _params(call: Call, asked: Sequence[SampleRequest]) -> dict[str, Any]:

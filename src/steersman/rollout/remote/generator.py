@@ -131,6 +131,15 @@ class RemoteGenerator:
     def update_weights(self, version: int) -> Stats:
         return self.load(self.publish(version))
 
+    def prepare(self, longest: int) -> None:
+        """Waits until the servers answer and have the weights. Raises SteersmanError for one that can not be used or
+        has no room for `longest` tokens."""
+        with self._first:
+            if self._loaded is None:
+                self.update_weights(0)
+        for station in self.stations:
+            station.require_room(longest)
+
     def _pause(self) -> None:
         """Cuts what is under way. What arrives behind the cut is begun, and cut by the next one."""
         for station in (one for one in self.stations if not one.gone):
@@ -158,9 +167,7 @@ class RemoteGenerator:
         self._check(prompts, sampling, record_support)
         if not prompts:
             return []
-        with self._first:
-            if self._loaded is None:
-                self.update_weights(0)
+        self.prepare(max(len(prompt.ids) for prompt in prompts) + sampling.max_new_tokens)
         words = (seed,) if isinstance(seed, int) else tuple(seed)
         texts = Texts(self.policy.tokenizer, sampling.stop)
         call = Call(sampling, words, self.ends, self.vocabulary, texts.skip, record_support and sampling.truncates)

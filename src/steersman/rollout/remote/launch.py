@@ -30,7 +30,8 @@ LONGEST_ROOT = 600
 
 
 class ServerProcess:
-    """A server's process: its command is made for a port by `command`, its output goes to a log file.
+    """A server's process: its command is made for a port by `command`, its output goes to a log file, and requests to
+    it bear the `key`, which its `environment` tells it.
 
     It ends when `stop` is called, or when this process ends, however that happens: a keeper holds the other end of a
     pipe. The keeper also removes shared memory that was left, and `folders` where this process ended.
@@ -44,10 +45,11 @@ class ServerProcess:
         *,
         timeout: float,
         environment: Mapping[str, str] | None = None,
+        key: str = "",
         folders: Sequence[Path] = (),
     ) -> None:
         self.name, self.command, self.log, self.timeout = name, command, log, timeout
-        self.environment, self.folders = {**os.environ, **(environment or {})}, folders
+        self.environment, self.folders, self.key = {**os.environ, **(environment or {})}, folders, key
         self.pid = 0
         self.server: Server | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -56,7 +58,9 @@ class ServerProcess:
         """Starts the process and returns at once; `wait` says when it answers."""
         self.stop()
         self._began = time.monotonic()
-        self.server = Server(f"http://127.0.0.1:{(port := free_port())}", self.timeout, restartable=True)
+        self.server = Server(
+            f"http://127.0.0.1:{(port := free_port())}", self.timeout, restartable=True, key=self.key
+        )
         self._from = self.log.stat().st_size if self.log.exists() else 0
         words = [sys.executable, "-I", str(KEEPER), str(self.log), *map(str, self.folders), "--", *self.command(port)]
         self._keeper = subprocess.Popen(

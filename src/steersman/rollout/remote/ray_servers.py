@@ -19,10 +19,10 @@ class Host:
     """In a Ray worker: a server's process as `ServerProcess` keeps it, whose keeper ends it with the worker."""
 
     def __init__(self, name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str],
-                 timeout: float) -> None:  # fmt: skip
+                 timeout: float, key: str) -> None:  # fmt: skip
         home = Path(mkdtemp(prefix="steersman-server-"))
         self.process = ServerProcess(
-            name, command, home / "server.log", timeout=timeout, environment=environment, folders=[home]
+            name, command, home / "server.log", timeout=timeout, environment=environment, key=key, folders=[home]
         )
         self.process.start()
 
@@ -55,10 +55,10 @@ class PlacedByRay:
 
     def __init__(
         self, name: str, command: Callable[[int], Sequence[str]], environment: Mapping[str, str], *, timeout: float,
-        anywhere: bool, cores: int, on_gpu: bool,
+        key: str, anywhere: bool, cores: int, on_gpu: bool,
     ) -> None:  # fmt: skip
-        self.name, self.timeout, self.pid = name, timeout, 0
-        self._made = (name, command, dict(environment), timeout)
+        self.name, self.timeout, self.key, self.pid = name, timeout, key, 0
+        self._made = (name, command, dict(environment), timeout, key)
         self._anywhere, self._resources = anywhere, {"num_cpus": cores, "num_gpus": int(on_gpu)}
         self._ray, self._host = connected(), None
 
@@ -88,7 +88,7 @@ class PlacedByRay:
             raise ServerGoneError(why)
         if self._anywhere:
             url = url.replace("127.0.0.1", self._ask("machine", 10.0))
-        return Server(url, self.timeout, restartable=True)
+        return Server(url, self.timeout, restartable=True, key=self.key)
 
     def stop(self) -> None:
         """Ends the server; a second call does nothing."""

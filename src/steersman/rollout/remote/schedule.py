@@ -73,6 +73,10 @@ class Schedule:
     def joinable(self, sampling: Sampling, **room: Any) -> None:
         """Batches are sampled whole, ahead of their use."""
 
+    def prepare(self, longest: int) -> None:
+        self._use(self.newest)
+        self.engine.prepare(longest)
+
     def update_weights(self, version: int) -> Stats:
         self.published[version] = self.engine.publish(version)
         self.newest = version

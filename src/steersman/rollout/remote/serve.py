@@ -1,19 +1,22 @@
 """Our engine in a process of its own, behind the routes of a vLLM server that `wire.py` uses.
 
-    python -m steersman.rollout.remote.serve --model FOLDER --port 8000 --threads 1 --max-batch 64 --dtype float32 \\
-        --device cpu
+    STEERSMAN_ENGINE_KEY=SECRET python -m steersman.rollout.remote.serve --model FOLDER --port 8000 \\
+        --threads 1 --max-batch 64 --dtype float32 --device cpu
 
 FOLDER holds a config and a tokenizer. The weights come by /update_weights before the first sample; or FOLDER holds
-them too, and adapters come by /v1/load_lora_adapter. It listens on this machine only; with `--host ADDRESS` whoever
-reaches that address can replace its weights and have it read files.
+them too, and adapters come by /v1/load_lora_adapter. Every request has to bear the key: who has it
+can replace the weights and have files read. It listens on this machine only; with `--host ADDRESS` others reach it, and the key
+travels over their network as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import hmac
 import json
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from steersman.model import Policy
 from steersman.model.lora import adapter_state, load_lora, take_adapter_state
 from steersman.rollout.engine import Engine
 from steersman.rollout.remote.snapshot import ADAPTER, digest
+from steersman.rollout.remote.wire import ENGINE_KEY
 from steersman.rollout.sampling import Sampling
 from steersman.types import Prompt, Sample, SteersmanError
 
@@ -136,6 +140,11 @@ class EngineRoutes:
             state = adapter_state(self.policy.adapters)
         return {"results": [{"file": file, "live": {name: digest(state[name]) for name in file if name in state}}]}
 
+    def tokenize(self, body: dict[str, Any]) -> dict[str, Any]:
+        tokenizer = self.policy.tokenizer
+        ids = tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
+        return {"tokens": ids, "token_strs": tokenizer.convert_ids_to_tokens(ids)}
+
     def nothing(self, _: Any) -> dict[str, str]:
         return {}
 
@@ -146,6 +155,7 @@ def routes(desk: EngineRoutes) -> dict[str, Any]:
         "/version": lambda _: {"steersman": True},
         "/weight_info": lambda _: {"weight_version": desk.name},
         "/inference/v1/generate": desk.generate,
+        "/tokenize": desk.tokenize,
         "/pause": desk.pause,
         "/resume": desk.resume,
         "/start_weight_update": desk.nothing,
@@ -159,18 +169,48 @@ def routes(desk: EngineRoutes) -> dict[str, Any]:
     }
 
 
+READ = ("/health", "/version", "/weight_info", "/v1/models")
+"""What GET is for: a web page can have it sent without asking anybody, so it must change nothing."""
+HERE = ("127.0.0.1", "localhost", "[::1]")
+
+
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, answers it by its route, and says in the reply what went wrong."""
+    """Reads a request, answers it by its route, and says in the reply what went wrong.
+
+    Requests have to bear the `key`, and to call the server by one of the `names` (none: by any), so that neither
+    another user of the machine nor a web page that is open on it is obeyed.
+    """
 
     protocol_version = "HTTP/1.1"
     table: dict[str, Any]
+    key = ""
+    names: Sequence[str] = ()
 
     def do_GET(self) -> None:
-        self._answer(None)
+        if self._may_ask():
+            if urlsplit(self.path).path in READ:
+                self._answer(None)
+            else:
+                self._send(405, {"error": f"GET is for {', '.join(READ)}; ask by POST"})
 
     def do_POST(self) -> None:
+        if not self._may_ask():
+            return
         raw = self.rfile.read(int(self.headers.get("content-length") or 0))
         self._answer(json.loads(raw) if raw.strip() else None)
+
+    def _may_ask(self) -> bool:
+        """Whether a request is one of ours. Another is refused, and its body is not read."""
+        given = self.headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if self.names and self.headers.get("host") not in self.names:
+            refusal = (400, "the server is not called by this name")
+        elif not hmac.compare_digest(given.encode(errors="replace"), self.key.encode()):
+            refusal = (401, "a request bears the key as Authorization: Bearer KEY")
+        else:
+            return True
+        self.close_connection = True
+        self._send(refusal[0], {"error": refusal[1]})
+        return False
 
     def _answer(self, body: Any) -> None:
         route = self.table.get(urlsplit(self.path).path)
@@ -217,6 +257,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     given = parser.parse_args()
+    Handler.key = os.environ.get(ENGINE_KEY, "").strip()
+    Handler.names = [f"{name}:{given.port}" for name in HERE] if given.host in HERE else []
+    if not Handler.key:
+        parser.error(f"set the environment variable {ENGINE_KEY} to a secret, here and where the run is started")
     torch.set_num_threads(given.threads)
     server = ThreadingHTTPServer((given.host, given.port), Handler)  # first, so that a port in use is told at once
     Handler.table = routes(EngineRoutes(lambda: fresh(given.model, given.dtype, given.device), given.max_batch))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +17,15 @@ import torch
 
 from steersman.distributed import ray_cluster
 from steersman.model import Policy, context_length
-from steersman.rollout.remote.dialects import TRIED, Batchwise, Dialect, Promptwise, likeliest, numbers
+from steersman.rollout.remote.dialects import (
+    TRIED,
+    Batchwise,
+    Dialect,
+    Promptwise,
+    Requirements,
+    likeliest,
+    numbers,
+)
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
@@ -29,13 +38,16 @@ from steersman.rollout.remote.snapshot import (
     write_model,
 )
 from steersman.rollout.remote.station import Station
-from steersman.rollout.remote.wire import Server
+from steersman.rollout.remote.wire import ENGINE_KEY, VLLM_KEY, Server, ServerGoneError
+from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM keeps room for."""
 SERVED = "policy"
 """The name that a vLLM server serves the policy under."""
+OTHER_TEMPERATURE = 1.25
+"""At which a receipt asks for tokens where a run draws them at temperature 1; a low one would enlarge rounding."""
 EXTENSION = Path(__file__).with_name("extension")
 _VERSION = (
     "from importlib.metadata import PackageNotFoundError as E, version\n"
@@ -48,10 +60,10 @@ class ServerSettings:
     """What a recipe asks of generators elsewhere.
 
     `urls` are of servers that run already, or else so many `servers` are started; `python` has vLLM (None: this one);
-    `arguments` go to vLLM's command line as they are; `top_k` likeliest tokens may be asked for; `ends` are the ids
-    that end a response; `timeout` is that of each call in seconds; `tolerance` is a receipt's, in nats. With
-    `adapter` servers have the base, and only adapters travel. Weights lie in `folder`, which servers see too, or
-    (None) in shared memory.
+    `arguments` go to vLLM's command line as they are; `sampling` says how the run draws tokens, which is how a
+    receipt asks for some; `ends` are the ids that end a response; `timeout` is that of each call in seconds;
+    `tolerance` is a receipt's, in nats. With `adapter` servers have the base, and only adapters travel. Weights lie
+    in `folder`, which servers see too, or (None) in shared memory.
     """
 
     ends: tuple[int, ...]
@@ -62,7 +74,7 @@ class ServerSettings:
     tolerance: float | None = None
     python: str | None = None
     arguments: tuple[str, ...] = ()
-    top_k: int = 0
+    sampling: Sampling = field(default_factory=lambda: Sampling(1))
     adapter: bool = False
     folder: str | None = None
 
@@ -80,8 +92,9 @@ def open_process(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
         return lambda port: [*fixed, "--port", str(port)]
 
     return _open(
-        policy, wanted, Batchwise(), "engine process", command, {}, withheld=wanted.ends, returns_support=True
-    )
+        policy, wanted, Batchwise(), "engine process", command, {}, key_env=ENGINE_KEY, withheld=wanted.ends,
+        returns_support=True,
+    )  # fmt: skip
 
 
 def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
@@ -96,7 +109,9 @@ def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
     on_cpu = policy.device.type == "cpu"
 
     def command(model: Path) -> Callable[[int], Sequence[str]]:
-        fixed = vllm_command(python, str(model), _dtype(policy), likeliest(wanted.top_k), on_cpu, _host(wanted))
+        fixed = vllm_command(
+            python, str(model), _dtype(policy), likeliest(wanted.sampling.top_k), on_cpu, _host(wanted)
+        )
         if wanted.adapter:
             fixed = [word if word != "dummy" else "auto" for word in fixed] + lora_words(policy)
         return lambda port: [*fixed, "--port", str(port), *wanted.arguments]
@@ -106,7 +121,7 @@ def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     own = [] if policy.tokenizer.eos_token_id is None else [policy.tokenizer.eos_token_id]
     return _open(
-        policy, wanted, Promptwise(SERVED), "vLLM server", command, environment,
+        policy, wanted, Promptwise(SERVED), "vLLM server", command, environment, key_env=VLLM_KEY,
         withheld=[*wanted.ends, *own], returns_support=False,
     )  # fmt: skip
 
@@ -162,7 +177,7 @@ def require_vllm(python: str) -> None:
 def _open(
     policy: Policy, wanted: ServerSettings, dialect: Dialect, what: str,
     command: Callable[[Path], Callable[[int], Sequence[str]]], environment: dict[str, str], *,
-    withheld: Sequence[int], returns_support: bool,
+    key_env: str, withheld: Sequence[int], returns_support: bool,
 ) -> RemoteGenerator:  # fmt: skip
     if wanted.adapter:
         require_plain_adapters(policy)
@@ -171,32 +186,68 @@ def _open(
     context = context_length(policy.model)
     shared: dict[str, Any] = {
         "owner": uuid4().hex[:8], "tolerance": tolerance_of(policy, wanted.tolerance),
-        "vocabulary": known_ids(policy),
+        "vocabulary": known_ids(policy), "drawn": drawn_otherwise(wanted.sampling, any_cut=returns_support),
     }  # fmt: skip
-    model = server_settings(policy, adapter=wanted.adapter)
-    stations = [Station(Server(url, wanted.timeout), None, dialect, model=model, **shared) for url in wanted.urls]
+    top_k = wanted.sampling.top_k
+    logprobs = min(likeliest(top_k), shared["vocabulary"]) if top_k else 0
+    required = Requirements(server_settings(policy, adapter=wanted.adapter), policy.tokenizer, logprobs)
+    key = os.environ.get(key_env, "").strip()
+    stations = [
+        Station(Server(url, wanted.timeout, key=key), None, dialect, wanted=required, **shared) for url in wanted.urls
+    ]
     if not wanted.urls:
+        key = key or secrets.token_urlsafe(32)
+        environment = environment | {key_env: key}
         saved = home / "model"
         write_model(policy, saved, base=wanted.adapter)
         for number in range(1, wanted.servers + 1):
             launched: ServerProcess | PlacedByRay
             if ray_cluster.here():
                 launched = PlacedByRay(
-                    f"{what} {number}", command(saved), environment, timeout=wanted.timeout,
+                    f"{what} {number}", command(saved), environment, timeout=wanted.timeout, key=key,
                     anywhere=wanted.folder is not None, cores=torch.get_num_threads(),
                     on_gpu=policy.device.type == "cuda",
                 )  # fmt: skip
             else:
                 launched = ServerProcess(
                     f"{what} {number}", command(saved), home / f"server-{number}.log", timeout=wanted.timeout,
-                    environment=environment, folders=[home] if number == 1 else [],
+                    environment=environment, key=key, folders=[home] if number == 1 else [],
                 )  # fmt: skip
             launched.start()
-            stations.append(Station(None, launched, dialect, model={}, **shared))
-    return RemoteGenerator(
+            stations.append(Station(None, launched, dialect, wanted=Requirements({}, logprobs=logprobs), **shared))
+    generator = RemoteGenerator(
         policy, stations, folder, ends=wanted.ends, withheld=withheld, context=context, max_batch=wanted.max_batch,
         returns_support=returns_support, adapter=wanted.adapter,
     )  # fmt: skip
+    try:
+        _look_at(stations if wanted.urls else ())
+    except BaseException:
+        generator.close()
+        raise
+    return generator
+
+
+def drawn_otherwise(sampling: Sampling, *, any_cut: bool) -> Sampling:
+    """One token, drawn as the run draws them, but never at temperature 1, where a server that tells the
+    log-probabilities of the untempered distribution would be right by chance. Without `any_cut` the tokens that top_p
+    and min_p left are told beside a top_k alone, and they are left out without one."""
+    told = any_cut or sampling.top_k > 0
+    return Sampling(
+        1, OTHER_TEMPERATURE if sampling.temperature in (0.0, 1.0) else sampling.temperature, sampling.top_k,
+        sampling.top_p if told else 1.0, sampling.min_p if told else 0.0,
+    )  # fmt: skip
+
+
+def _look_at(stations: Sequence[Station]) -> None:
+    """Asks servers that should run already what they are. Raises SteersmanError where one can not be used."""
+    for station in stations:
+        try:
+            _ = station.server
+        except ServerGoneError as error:
+            raise SteersmanError(
+                f"rollout.url: {error}. Name servers that run already, or leave rollout.url out and steersman starts "
+                "its own"
+            ) from error
 
 
 def _host(wanted: ServerSettings) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from steersman.model import Policy, whole_state
 from steersman.model.lora import adapter_state
 from steersman.model.merge import merged_state
 from steersman.model.modes import evaluation_mode
+from steersman.ops.logprob import Support
 from steersman.types import SteersmanError
 
 CANARY_LENGTHS = (160, 40)
@@ -50,6 +51,13 @@ class Canary:
 
     ids: list[int]
     logp: Tensor
+
+    def logp_of(self, token: int, temperature: float, support: Sequence[Tensor] | None) -> float:
+        """log pi(token | prompt) at the temperature, among the ids that one token's `support` allows (None: all)."""
+        x = self.logp / temperature
+        if support is not None:
+            x = x.masked_fill(~Support.pack(support).allowed(0, 1, 0, len(x))[0], -torch.inf)
+        return float(torch.log_softmax(x, -1)[token])
 
 
 @dataclass(slots=True)
@@ -136,7 +144,8 @@ def write_model(policy: Policy, folder: Path, *, base: bool) -> None:
 
 def require_plain_adapters(policy: Policy) -> None:
     """Raises SteersmanError unless the policy has adapters, and they are pairs A, B of linear layers: what vLLM's
-    and our servers add to a base under a name."""
+    and our servers add to a base under a name. Those of experts vLLM reads in another order than peft writes them in
+    (0.32, `_stack_moe_lora_weights`)."""
     if policy.adapters is None:
         raise SteersmanError(
             "rollout.sync adapter: the policy has no adapters; give model.lora, or use sync: weights"
@@ -144,10 +153,11 @@ def require_plain_adapters(policy: Policy) -> None:
     names = [name for name in policy.adapters.state_dict() if ".lora_" in name]
     odd = [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
     settings: Any = policy.adapters.peft_config["default"]
+    odd += sorted(settings.target_parameters or ())
     if odd or settings.modules_to_save:
         raise SteersmanError(
             "rollout.sync adapter: servers take plain LoRA of linear layers, without dora, train_whole or adapters "
-            f"on embeddings{f' ({odd[0]})' if odd else ''}; use sync: weights"
+            f"on embeddings or experts{f' ({odd[0]})' if odd else ''}; use sync: weights"
         )
 
 

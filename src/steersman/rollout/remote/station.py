@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from steersman.guards.terminal import say
-from steersman.rollout.remote.dialects import Call, Dialect, ServerLimits
+from steersman.rollout.remote.dialects import LOGPROBS_MODE, Call, Dialect, Requirements, ServerLimits
 from steersman.rollout.remote.launch import ServerProcess
 from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.replies import Reply, SampleRequest
-from steersman.rollout.remote.snapshot import Receipt, ReceiptError, Snapshot, first_difference
+from steersman.rollout.remote.snapshot import Canary, Receipt, ReceiptError, Snapshot, first_difference
 from steersman.rollout.remote.wire import Server, ServerGoneError
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
@@ -29,17 +29,19 @@ class Station:
     """One sampling server: either a `process` that we started, or one that runs at an address already.
 
     `owner` is the first part of the name under which weights are sent, so that two runs on one server notice each
-    other. `tolerance` is the largest difference of log-probabilities that a receipt allows, in nats. The policy has
-    `vocabulary` ids; `model` are settings that the server's model must have. `gone` says that a server at an address
-    did not answer when it was last asked.
+    other. `tolerance` is the largest difference of log-probabilities that a receipt allows, in nats at temperature 1.
+    The policy has `vocabulary` ids; the server must have what is `wanted`. A receipt also asks for tokens that are
+    `drawn` otherwise than from the whole distribution at temperature 1. `gone` says that a server at an address did
+    not answer when it was last asked.
     """
 
     def __init__(
         self, server: Server | None, process: ServerProcess | PlacedByRay | None, dialect: Dialect, *, owner: str,
-        tolerance: float, vocabulary: int, model: Mapping[str, Any],
+        tolerance: float, vocabulary: int, wanted: Requirements, drawn: Sampling,
     ) -> None:  # fmt: skip
         self._server, self.process, self.dialect = server, process, dialect
-        self.owner, self.tolerance, self.vocabulary, self.model = owner, tolerance, vocabulary, model
+        self.owner, self.tolerance, self.vocabulary = owner, tolerance, vocabulary
+        self.wanted, self.drawn = wanted, drawn
         self.snapshot: Snapshot | None = None
         self.restarts, self.gone = 0, False
         self._adapter = ""
@@ -54,7 +56,7 @@ class Station:
             server = self._server if self.process is None else self.process.wait()
             assert server is not None
             self._server, self._answered = server, True
-            self._limits = self.dialect.check(server, self.model)
+            self._limits = self.dialect.check(server, self.wanted)
         assert self._server is not None
         return self._server
 
@@ -64,6 +66,20 @@ class Station:
         _ = self.server
         assert self._limits is not None
         return self._limits
+
+    def require_room(self, tokens: int) -> None:
+        """Raises SteersmanError where the server, as it was when it was last looked at, has no room for a prompt and
+        its answer of so many tokens together."""
+        window = None if self._limits is None else self._limits.window
+        if window is not None and tokens > window:
+            raise SteersmanError(
+                self.server.message(
+                    f"its window (--max-model-len) is {window} tokens, and a prompt with its answer, or an episode, "
+                    f"may have {tokens}; start it with --max-model-len {tokens} or more (rollout.arguments, where "
+                    "steersman starts it), or lower rollout.max_new_tokens, data.max_prompt_tokens or "
+                    "environment.max_tokens"
+                )
+            )
 
     def complete(self, asked: Sequence[SampleRequest], call: Call) -> list[list[Reply]]:
         """Answers to all; what a server that died had not answered is asked again of the one started in its place."""
@@ -133,7 +149,8 @@ class Station:
         wrong = first_difference(snapshot.digests, held)
         if wrong:
             raise ReceiptError(server.message(f"the weights of version {snapshot.version} are not there: {wrong}"))
-        gap = self._gap(snapshot)
+        canaries = self._with_room(snapshot.canaries)
+        gap = self._gap(snapshot.version, canaries, Sampling(1))
         if not gap <= self.tolerance:
             raise ReceiptError(
                 server.message(
@@ -142,6 +159,7 @@ class Station:
                     "another architecture or precision, a stale cache, or weights that it tied or left out"
                 )
             )
+        self._require_logp_as_drawn(snapshot.version, canaries)
         return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)
 
     def _send_adapter(self, snapshot: Snapshot, name: str) -> None:
@@ -153,26 +171,48 @@ class Station:
         server.load_adapter(str(snapshot.path.parent), name)
         self._adapter = name
 
-    def _gap(self, snapshot: Snapshot) -> float:
-        """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries that the server has room for."""
+    def _with_room(self, canaries: Sequence[Canary]) -> list[Canary]:
+        """The canaries that the server has room for. Raises SteersmanError where there are none."""
         window = self.limits.window
-        canaries = [one for one in snapshot.canaries if window is None or len(one.ids) < window]
-        if not canaries:
-            shortest = min(len(one.ids) for one in snapshot.canaries)
+        found = [one for one in canaries if window is None or len(one.ids) < window]
+        if not found:
+            shortest = min(len(one.ids) for one in canaries)
             raise SteersmanError(
                 self.server.message(
                     f"its window (--max-model-len) is {window} tokens, and a receipt for weights asks it for the "
                     f"token behind a prompt of {shortest}; give it {shortest + 1} at least"
                 )
             )
+        return found
+
+    def _require_logp_as_drawn(self, version: int, canaries: Sequence[Canary]) -> None:
+        """Raises ReceiptError where a server whose weights are right tells of `drawn` tokens other log-probabilities
+        than those of the distribution that they come from."""
+        drawn = self.drawn
+        gap, allowed = self._gap(version, canaries, drawn), self.tolerance / min(drawn.temperature, 1.0)
+        if not gap <= allowed:
+            cuts = {"top_k": drawn.top_k, "top_p": drawn.top_p, "min_p": drawn.min_p} if drawn.truncates else {}
+            said = "".join(f", {name} {value:g}" for name, value in cuts.items())
+            raise ReceiptError(
+                self.server.message(
+                    f"the log-probabilities that it tells are not those of the distribution that it draws from: with "
+                    f"temperature {drawn.temperature:g}{said} they differ from the policy's by up to {gap:.3g} nats, "
+                    f"and {allowed:g} is allowed (rollout.tolerance), though its weights are right. Start vLLM with "
+                    f"--logprobs-mode {LOGPROBS_MODE}, and without logits processors of its own"
+                )
+            )
+
+    def _gap(self, version: int, canaries: Sequence[Canary], drawn: Sampling) -> float:
+        """Largest |log pi(server) - log pi(policy)| over next tokens of the canaries that are `drawn` so; of a
+        truncated distribution over the tokens that the server says it allowed."""
         asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(canaries)]
         call = Call(
-            Sampling(1), (snapshot.version,), (), self.vocabulary, True, False, self._adapter, self.limits.most
-        )
+            drawn, (version,), (), self.vocabulary, True, drawn.truncates, self._adapter, self.limits.most
+        )  # fmt: skip
         found: dict[int, list[Reply]] = {}
         self.dialect.complete(self.server, dict(enumerate(asked)), call, found)
         return max(
-            abs(reply.logp[0] - float(canary.logp[reply.ids[0]]))
+            abs(reply.logp[0] - canary.logp_of(reply.ids[0], drawn.temperature, reply.support))
             for i, canary in enumerate(canaries)
             for reply in found[i]
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
@@ -34,6 +35,10 @@ KEPT_OPEN = 2.0
 lost."""
 
 
+ENGINE_KEY, VLLM_KEY = "STEERSMAN_ENGINE_KEY", "VLLM_API_KEY"
+"""Environment variables with the key that requests to our engine, and to vLLM, bear."""
+
+
 class ServerGoneError(SteersmanError):
     """The server can not be reached, fell silent or lost the weights: one that steersman started is started again."""
 
@@ -55,8 +60,21 @@ class PassingTroubleError(Exception):
         self.failure, self.untaken, self.response = failure, untaken, response
 
 
+@dataclass(slots=True, frozen=True)
+class StartedWith:
+    """Settings of a vLLM server: `most` sequences decoded at a time, those of its `model` that are numbers, which
+    log-probabilities it tells (`logprobs_mode`), and of how many tokens at most (`max_logprobs`; -1: of all)."""
+
+    most: int
+    model: dict[str, Any]
+    logprobs_mode: str
+    max_logprobs: int
+
+
 class Server:
     """One server by its address. Every call has a time limit, and says in its error which server did not answer.
+
+    Every request bears the `key` of the server, if it has one.
 
     A request whose line was lost, or that the server was too busy for, is sent again, `TRIES` times in all with
     pauses as `retry.pause` says. One that steersman started (`restartable`) is asked again only while it is healthy.
@@ -64,15 +82,17 @@ class Server:
     more, NotServedError where it does not know what it is asked for, SteersmanError where it refuses otherwise.
     """
 
-    def __init__(self, url: str, timeout: float, *, restartable: bool = False) -> None:
+    def __init__(self, url: str, timeout: float, *, restartable: bool = False, key: str = "") -> None:
         self.url, self.timeout, self.restartable = url.rstrip("/"), timeout, restartable
         # As many connections as there are callers: a request that waits for one would count as a server that is
         # silent. A proxy of the environment's would stand between two processes of one machine.
         limits = httpx2.Limits(max_connections=None, keepalive_expiry=KEPT_OPEN)
-        self._client = httpx2.Client(timeout=timeout, trust_env=False, limits=limits)
+        self.key, headers = key, {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx2.Client(timeout=timeout, trust_env=False, limits=limits, headers=headers)
         # For /health: a server may close the connection of a request that failed, and what is sent over it just then
         # is lost, however well the server is.
-        self._fresh = httpx2.Client(timeout=2.0, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0))
+        once = httpx2.Limits(max_keepalive_connections=0)
+        self._fresh = httpx2.Client(timeout=2.0, trust_env=False, limits=once, headers=headers)
 
     def close(self) -> None:
         self._client.close()
@@ -143,8 +163,8 @@ class Server:
         told = [one.get("max_model_len") for one in self._served()]
         return min((length for length in told if type(length) is int), default=None)
 
-    def settings(self) -> tuple[int, dict[str, Any]]:
-        """How many sequences vLLM decodes at a time, and the settings of its model that are numbers."""
+    def settings(self) -> StartedWith:
+        """What vLLM was started with, as steersman's extension tells."""
         try:
             found = self.post("/collective_rpc", {"method": "steersman_settings"})
         except ServerGoneError:
@@ -156,9 +176,26 @@ class Server:
             ) from error
         try:
             first = found["results"][0]
-            return int(first["max_num_seqs"]), dict(first["model"])
+            return StartedWith(
+                int(first["max_num_seqs"]), dict(first["model"]), str(first["logprobs_mode"]),
+                int(first["max_logprobs"]),
+            )  # fmt: skip
         except (LookupError, TypeError, ValueError) as error:
-            raise BadReplyError(self.message(f"no settings of its model: {shortened(found)}")) from error
+            raise BadReplyError(
+                self.message(
+                    f"it does not tell what it was started with: {shortened(found)}. Its extension may be of another "
+                    "steersman: start it again with this one's folder rollout/remote/extension on its PYTHONPATH"
+                )
+            ) from error
+
+    def tokenized(self, request: dict[str, Any]) -> Any:
+        """What its tokenizer makes of a request to /tokenize; None where it has no such route or refuses."""
+        try:
+            return self.post("/tokenize", request)
+        except ServerGoneError:
+            raise
+        except SteersmanError:
+            return None
 
     def _served(self) -> list[dict[str, Any]]:
         found = self.get("/v1/models")
@@ -242,6 +279,10 @@ class Server:
         told = self.message(f"status {status} of {path}: {said or shortened(raw.decode(errors='replace'))}")
         if status == 404:
             return NotServedError(told)
+        if status in (401, 403):
+            return SteersmanError(
+                f"{told}; put the server's key into the environment variable {ENGINE_KEY} (of vLLM: {VLLM_KEY})"
+            )
         # vLLM's front answers for a while after the process behind it, which has the model, was killed
         return ServerGoneError(told) if status >= 500 and not self.healthy() else SteersmanError(told)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steersman.atomic import begin_dir, recover, replace_dir, saving
+from steersman.atomic import begin_dir, recover, remove_folder, replace_dir, saving
 from steersman.distributed.pieces import copy_to_cpu
 from steersman.distributed.ranks import Ranks, ranks
 from steersman.distributed.stored import mark_shards, replace_marks, size_and_digest, write_shards
@@ -194,7 +194,7 @@ class Checkpointer:
                 # Renamed first, so that a kill leaves rubbish with a name that says so, not half a checkpoint.
                 rubbish = path.with_name(f".tmp-{path.name}")
                 os.rename(path, rubbish)
-                shutil.rmtree(rubbish, ignore_errors=True)
+                remove_folder(rubbish)
 
 
 def damage_of(path: Path) -> str | None:

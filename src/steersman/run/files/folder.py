@@ -17,7 +17,7 @@ import json
 import os
 from pathlib import Path
 
-from steersman.atomic import recover, saving, write_atomic, write_now
+from steersman.atomic import recover, saving, unlinked, write_atomic, write_now
 from steersman.config.dump import changed_keys, dump_recipe
 from steersman.config.load import with_new_defaults
 from steersman.config.recipe_text import load_yaml
@@ -58,7 +58,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # Append mode: opening must not wipe the pid that the holder wrote.
-            self._lock = (self.path / ".lock").open("a+b", buffering=0)
+            self._lock = open(self.path / ".lock", "a+b", buffering=0, opener=unlinked)  # noqa: SIM115
         except OSError as error:
             raise SteersmanError(
                 f"run folder {self.path}: it can not be made ({error.strerror}); choose another --run.dir"

@@ -21,7 +21,8 @@ BLOCKS, BLOCK = 64, 2**20
 def fingerprints(recipe: Section, run_folder: Path) -> dict[str, dict[str, str]]:
     """The SHA-256 of each file or folder that a setting of the recipe names: {dotted key: {path: digest}}.
 
-    A folder with a config.json is a model: the files directly in it count. Of any other folder all files count. What
+    A folder with a config.json is a model: the files directly in it count. A folder of adapters counts with the model
+    that it names, where that is a folder too. Of any other folder all files count. What
     lies in the run folder is the run's own and is left out, and so is what the section `run` names (a tracker's name
     may be its folder's too), a `folder` of many sets (GRUE's), whose rows are compared one by one, and a `cache`, to
     which other runs add. A file above 64 MiB counts by its size and 64
@@ -107,7 +108,19 @@ def _digest(path: Path, own: Path) -> str:
         if own in file.resolve().parents:
             continue
         digest.update(f"{file.relative_to(path)}\0{_file_digest(file)}\n".encode())
+    if (base := _base(path)) is not None:
+        digest.update(_digest(base, own).encode())
     return digest.hexdigest()
+
+
+def _base(path: Path) -> Path | None:
+    """The folder of the model that a folder of adapters is on."""
+    try:
+        named = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = Path(named).expanduser()
+    except (OSError, ValueError, KeyError, TypeError):  # no adapters, or none that can be loaded
+        return None
+    return base if (base / "config.json").is_file() else None
 
 
 def _file_digest(path: Path) -> str:

@@ -9,6 +9,7 @@ are kept. A stage that is a verb has the verb's own checkpoints. So a killed run
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -163,6 +164,7 @@ class Ledger:
                     f"with --resume; everything before this stage is kept in {self.path}"
                 ) from error
             summary = run(made, resume=True)
+            gc.collect()  # a library's own cycles, such as DeepSpeed's engine, would keep the stage's models
             if not summary["finished"]:
                 self.signal.signal_name = self.signal.signal_name or "a signal"
                 raise StoppedError

@@ -6,13 +6,14 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 
-from steersman.atomic import saving, write_atomic, write_now
+from steersman.atomic import refuse_links, saving, unlinked, write_atomic, write_now
 from steersman.guards.terminal import printable
 from steersman.jsonl import jsonl_text, read_jsonl
 from steersman.run.console import duration_text, new_console
@@ -33,7 +34,8 @@ class Log:
     `headline` are the metrics on the progress line, in order, where they exist. On a terminal the line moves;
     elsewhere one plain line comes every `every` seconds. `sinks` are names of `run/files/sinks.py`.
 
-    Raises SteersmanError for a sink that is unknown or not installed, and where the disk is full.
+    Raises SteersmanError for a sink that is unknown or not installed, where one of the files is a link, and where the
+    disk is full.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Log:
     ) -> None:
         self.folder, self.title, self.total, self.headline, self.every = Path(folder), title, total, headline, every
         self.console = console or new_console()
+        refuse_links(*(self.folder / name for name in FILES + SOMETIMES))
         for name in FILES + SOMETIMES:
             _truncate(self.folder / name, resumed_step)
         self._written = {
@@ -61,7 +64,7 @@ class Log:
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
         self._start = self._last_line = time.monotonic()
         self._first_step = max(resumed_step, 0)
-        self._files = {name: (self.folder / name).open("ab", buffering=0) for name in FILES}
+        self._files = {name: self._opened(name) for name in FILES}
         self._sinks = Sinks(sinks, self.folder, resumed_step, lambda text: self.note(text, style="yellow"))
         self._bar = _progress(self.console) if self.console.is_terminal else None
         if self._bar is not None:
@@ -121,10 +124,13 @@ class Log:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _opened(self, name: str) -> FileIO:
+        return open(self.folder / name, "ab", buffering=0, opener=unlinked)
+
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         with saving(self.folder / name):
             if name not in self._files:
-                self._files[name] = (self.folder / name).open("ab", buffering=0)
+                self._files[name] = self._opened(name)
             write_now(self._files[name], json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n")
 
     def _show(self, step: int, stats: Stats) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from steersman.run.report.charts import figure_class
+
 
 def calibration_png(
     path: Path,
@@ -16,9 +18,7 @@ def calibration_png(
     error: float,
 ) -> Path:
     """Observed share over predicted probability, one dot for each bin, its area the number of examples in it."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    figure = figure_class()(figsize=(4.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     axes.plot([low, 1], [low, 1], color="#9aa0a8", lw=1, ls="--", label="calibrated")
     axes.plot(predicted, observed, color="#2b5f8f", lw=1.4, zorder=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from steersman.atomic import write_atomic
+from steersman.config.no_secrets import texts_of, without_secrets
 from steersman.config.recipe_text import load_yaml
 from steersman.guards.terminal import printable
 from steersman.jsonl import read_jsonl
@@ -37,8 +39,8 @@ def write_card(run: Path) -> Path:
         ) from error
     config = load_yaml(settings)
     summary = _json(run / "summary.json")
-    base = str(config.get("model", {}).get("path", ""))
-    licence = _licence(Path(base))
+    told = str(config.get("model", {}).get("path", ""))
+    licence, base = _licence(Path(told)), _public(told)
     metrics = read_jsonl(run / "metrics.jsonl")
     caution = f"{NONE_HELD_OUT[0].upper()}{NONE_HELD_OUT[1:]}.\n\n" if looks_are_trained_on(config, metrics) else ""
     head = {"library_name": "transformers", "tags": ["steersman", str(summary.get("verb", ""))]}
@@ -53,11 +55,27 @@ def write_card(run: Path) -> Path:
         f"## Data\n\n{_data(config)}",
         f"## How it went\n\n{caution}{_course(metrics)}",
         f"## What the watch said\n\n{_watch(read_jsonl(run / 'health.jsonl'))}",
-        f"## Settings\n\n```yaml\n{_plain(settings).rstrip()}\n```",
+        f"## Settings\n\n```yaml\n{_plain(_published(settings, config)).rstrip()}\n```",
     ]
     path = run / "model" / "README.md"
     write_atomic(path, "\n\n".join(parts) + "\n")
     return path
+
+
+def _published(settings: str, config: Any) -> str:
+    """The settings' text without what is nobody else's business: of paths of this machine the last parts alone, and
+    no names or passwords of addresses."""
+    for text in sorted({text for _, text in texts_of(config)}, key=len, reverse=True):
+        if _public(text) != text:
+            whole = rf"(?<![^\s'\"\[{{,]){re.escape(text)}(?![^\s'\"\]}},])"
+            settings = re.sub(whole, lambda _, text=text: _public(text), settings)
+    return without_secrets(settings)
+
+
+def _public(text: str) -> str:
+    """A path of this machine, or a store's, as its last part; any other text as it is."""
+    kind, path = ("sqlite:///", text[10:]) if text.startswith("sqlite:///") else ("", text)
+    return kind + Path(path).name if Path(path).is_absolute() else text
 
 
 def _data(config: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ matplotlib is imported where a chart is drawn: every run imports this room, and 
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import re
@@ -12,7 +13,11 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SERIES = 8
 """Lines that one chart can show in colours that are told apart."""
@@ -50,19 +55,31 @@ class Line:
     values: list[float]
 
 
+@cache
+def figure_class() -> type[Figure]:
+    """matplotlib's figure.
+
+    When it is imported it reads patterns with a parser whose caught errors hold themselves, and with them every
+    function that was running, those of a run with its models too. So they are collected, once.
+    """
+    from matplotlib.figure import Figure
+
+    gc.collect()
+    return Figure
+
+
 def line_chart(title: str, lines: Sequence[Line], *, log: bool = False, label: str = "") -> str:
     """The chart as an `<svg>` element; long noisy series are drawn pale with their running mean above them.
 
     `label` names the vertical axis; lines that coincide show through each other by their dashes.
     """
     import matplotlib as mpl
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     style: Any = _STYLE | {"svg.hashsalt": title}
     with mpl.rc_context(style):
         # Places are fixed: to fit them to the texts would draw each chart twice and measure every label.
-        figure = Figure(figsize=(5.2, 2.5))
+        figure = figure_class()(figsize=(5.2, 2.5))
         axes = figure.add_axes((0.18, 0.18, 0.76, 0.73))  # half of the last step's number is to the right of it
         axes.xaxis.set_label_coords(0.5, -0.15)
         axes.yaxis.set_label_coords(-0.155, 0.5)

@@ -418,6 +418,7 @@ RULES: dict[str, Callable[[Translation, Any], dict[str, Any]]] = {
     "scale_rewards": _choice("algorithm.scale", {
         True: "group", "true": "group", "group": "group", False: "none", "false": "none", "none": "none",
         "batch": "batch_scores"}),
+    "filter_all_incorrect": _switch("algorithm.solved_above", 0.0),
     "use_kl_loss": _switch("algorithm.kl_in", "loss"), "max_new_tokens": _new_tokens, "num_train_epochs": _epochs,
     "num_epochs": _epochs, "max_epochs": _max_epochs, "max_steps": _max_steps, "total_episodes": _episodes,
     "save_steps": _save_steps, "eval_steps": _eval_steps, "logging_steps": _logging_steps,

@@ -52,6 +52,7 @@ OWN_LOSSES = ("cispo", "sapo", "vespo")
 TELLING = {
     "teacher_prompt_template": "distill", "reprompt_template": "distill", "success_reward_threshold": "distill",
     "distillation_weight": "distill", "teacher_update_rate": "distill",
+    "num_value_samples": "a2po", "filter_all_incorrect": "a2po",
     "rloo_k": "rloo", "num_generations": "grpo", "num_ppo_epochs": "ppo", "cliprange": "ppo",
     "rollout_batch_size": "ppo", "desirable_weight": "kto", "pref_loss": "dpo", "rpo_alpha": "dpo",
     "simpo_gamma": "dpo", "ld_alpha": "dpo", "loss_weights": "dpo", "tpo_alpha": "dpo",

@@ -1,4 +1,4 @@
-"""Settings that say one thing together: adapters, rewards, sinks, the warm-up, a loss of pairs, KL."""
+"""Settings that say one thing together: adapters, rewards, sinks, the warm-up, KL."""
 
 from __future__ import annotations
 
@@ -16,34 +16,7 @@ from steersman.verbs.peers.translation import (
     listed,
     short,
 )
-from steersman.verbs.preference import PreferenceRecipe
 
-PAIR_LOSSES = {
-    "dpo": {"sigmoid": "dpo", "hinge": "rso", "ipo": "ipo", "robust": "robust_dpo", "sppo_hard": "sppo",
-            "orpo": "orpo", "simpo": "simpo", "sigmoid_norm": "dpo_norm", "exo_pair": "exo", "nca_pair": "nca",
-            "apo_zero": "apo_zero", "apo_down": "apo_down", "discopop": "discopop", "bco_pair": "bco_pair",
-            "aot": "aot", "aot_unpaired": "aot_unpaired", "aot_pair": "aot_unpaired"},
-    "cpo": {"sigmoid": "cpo", "hinge": "hinge", "simpo": "simpo"},
-    "orpo": {"sigmoid": "orpo"},
-    "tpo": {"sigmoid": "cpo", "hinge": "hinge", "tpo-l": "simpo"},
-}  # fmt: skip
-"""By trainer, their loss: ours. A hinge with a reference is RSO's; `aot_pair` is what TRL called `aot_unpaired`
-once."""
-PAIR_NUMBERS = (
-    "beta", "pref_beta", "label_smoothing", "dpo_label_smoothing", "simpo_gamma", "cpo_alpha", "discopop_tau",
-    "tpo_alpha", "tpo_l_gamma",
-)  # fmt: skip
-DIVERGENCE_KEYS = ("f_divergence_type", "f_alpha_divergence_coef")
-PAIR_DEFAULTS = {
-    "simpo": {"beta": 0.1, "margin": 0.5}, "hinge": {"beta": 0.1}, "dpo_norm": {"beta": 0.1},
-    "discopop": {"beta": 0.1},
-    "cpo": {"nll_weight": 1.0, "length_normalised_nll": 1.0},
-}  # fmt: skip
-"""What a loss takes there where the file gives nothing, in the places where ours takes another number."""
-TRIPLE_DEFAULTS = {
-    "cpo": {"beta": 0.01, "nll_weight": 0.0}, "hinge": {"beta": 0.01}, "simpo": {"beta": 0.01, "margin": 0.5},
-}  # fmt: skip
-"""The same of TPO's trainer, whose likelihood is that of gold answers."""
 ADAPTERS = {"trl": {"r": 16, "alpha": 32, "dropout": 0.05}, "openrlhf": {"alpha": 16}, "llamafactory": {}}
 """By toolkit, its defaults of adapters where ours are others; LLaMA-Factory has ours."""
 ADAPTER_KEYS = {
@@ -196,121 +169,6 @@ def warmup(t: Translation) -> None:
         t.taken.add(name)
 
 
-def pair_loss(t: Translation) -> None:
-    """Which loss of pairs, or which several with their weights, and their own numbers."""
-    if t.recipe is not PreferenceRecipe:
-        if t.settings.get("loss_weights"):
-            t.leave("loss_weights", "weighs losses of pairs")
-        return
-    trainer = next((word for word in t.words if word in ("cpo", "orpo", "tpo")), "dpo")
-    if "tpo_alpha" in t.settings or "tpo_l_gamma" in t.settings:
-        trainer = "tpo"
-    source, theirs = t.given("loss_type", "pref_loss")
-    if isinstance(theirs, list) and len(theirs) == 1:
-        theirs = theirs[0]
-    if "ipo" in t.settings:
-        t.taken.add("ipo")
-        if is_on(t.settings["ipo"]):
-            source, theirs = "ipo", "ipo"
-    weights = _weights(t, theirs if source else "sigmoid", trainer)
-    nll = weights.pop("nll", 0)
-    numbers = [n for n in PAIR_NUMBERS if n in t.settings and n not in t.left]
-    if None in weights or not weights:
-        t.leave(source, f"{short(theirs)} has no counterpart for loss.name")
-        if t.settings.get("loss_weights"):
-            numbers.append("loss_weights")
-        for number in numbers:
-            t.leave(number, f"belongs to {source} {short(theirs)}, which has no counterpart")
-        return
-    name, settings, divergence = _of_divergence(t, [str(each) for each in weights])
-    said = [n for n in (source, *divergence) if n]
-    if said or name != "dpo":
-        t.put("loss.name", name, *said)
-    first, *more = weights.items()
-    also = {str(each): weight for each, weight in more}
-    for key, value, plain in (("weight", first[1], 1), ("also", also, {}), ("nll", nll, 0)):
-        if value != plain:
-            t.put(f"loss.{key}", value, *(n for n in (source, "loss_weights") if n in t.settings))
-    for each in (name, *also):
-        settings |= (TRIPLE_DEFAULTS if trainer == "tpo" else PAIR_DEFAULTS).get(each, {})
-        if each == "ipo" and t.toolkit != "openrlhf":
-            settings["length_normalised"] = 1.0  # means of the answers' log-probabilities, not sums
-    from_names = dict.fromkeys(settings, said)
-    for number in numbers:
-        value = t.settings[number]
-        keys = {key for each in (name, *also) if (key := _pair_number(t, number, each, trainer))}
-        for key in keys:
-            if key in ("loss.nll", "loss.gold_nll"):
-                t.put(key, value, number)
-            else:
-                settings[key], from_names[key] = value, [number]
-        if not keys and value not in (0, None, False):
-            t.leave(number, f"loss.name {name} does not read it")
-        t.taken.add(number)
-    if trainer == "cpo" and name != "cpo" and "cpo_alpha" not in numbers:
-        t.put("loss.nll", 1.0)  # its default there
-    if trainer == "tpo":
-        if "tpo_alpha" not in numbers:
-            t.put("loss.gold_nll", 1.0)  # its default there
-        if t.keys["loss.gold_nll"]:
-            t.put("data.columns", {"gold": "reference"})
-    for key, value in settings.items():
-        t.put(f"loss.settings.{key}", value, *from_names[key])
-
-
-def _weights(t: Translation, theirs: Any, trainer: str) -> dict[str | None, float]:
-    """Each loss asked for, by our name and "nll" for the likelihood, with its weight; None in the place of one that
-    has no counterpart, and nothing at all where the weights are not those of different losses. A weight of 0 asks for
-    nothing."""
-    given = t.settings.get("loss_weights")
-    if not isinstance(theirs, list):
-        if given:
-            t.leave("loss_weights", "weighs several losses, and the file has one")
-        return {PAIR_LOSSES[trainer].get(str(theirs)): 1}
-    names = ["nll" if word == "sft" else PAIR_LOSSES[trainer].get(str(word)) for word in theirs]
-    weights = listed(given) if given else [1] * len(names)
-    if not len(weights) == len(names) == len(set(names)) or not all(is_number(w) and w >= 0 for w in weights):
-        return {}
-    return {name: weight for name, weight in zip(names, weights, strict=True) if weight}
-
-
-def _of_divergence(t: Translation, names: list[str]) -> tuple[str, dict[str, Any], list[str]]:
-    """The first of the losses with TRL's `f_divergence_type`, its own settings, and the file's keys that say so."""
-    name = names[0]
-    kind, coefficient = (t.settings.get(key) for key in DIVERGENCE_KEYS)
-    found = [key for key in DIVERGENCE_KEYS if key in t.settings and key not in t.left]
-    if kind in (None, "reverse_kl"):
-        t.taken.update(found)
-        return name, {}, []
-    alpha = {"forward_kl": 1.0, "alpha_divergence": 0.5}.get(str(kind))
-    if kind == "alpha_divergence" and is_number(coefficient):
-        alpha = 1 - float(coefficient)
-    if names != ["dpo"] or (kind != "js_divergence" and (alpha is None or not 0 <= alpha <= 1)):
-        for key in found:
-            t.leave(key, f"{short(t.settings[key])} has no counterpart for {' and '.join(names)}")
-        return name, {}, []
-    t.taken.update(found)
-    return ("fdpo_js", {}, found) if kind == "js_divergence" else ("fdpo_alpha", {"alpha": alpha}, found)
-
-
-def _pair_number(t: Translation, number: str, name: str, trainer: str) -> str:
-    """The setting of the loss that the number is; "" where the loss has none."""
-    if number in ("beta", "pref_beta"):
-        return "weight" if name == "orpo" else "beta"
-    if number == "cpo_alpha":
-        return "" if trainer != "cpo" else "nll_weight" if name == "cpo" else "loss.nll"
-    if number == "tpo_alpha":
-        return "loss.gold_nll" if trainer == "tpo" else ""
-    if number == "tpo_l_gamma":
-        return "margin" if trainer == "tpo" and name == "simpo" else ""
-    if number == "simpo_gamma":
-        return "margin" if name == "simpo" else ""
-    if number == "discopop_tau":
-        return "tau" if name == "discopop" else ""
-    smoothed = dict.fromkeys(("dpo", "aot", "aot_unpaired"), "label_smoothing")
-    return {**smoothed, "robust_dpo": "flip", "exo": "epsilon"}.get(name, "")
-
-
 def kl(t: Translation) -> None:
     """OpenRLHF's KL, which is in the reward unless `use_kl_loss` is on."""
     name, coefficient = t.given("init_kl_coef")
@@ -321,6 +179,12 @@ def kl(t: Translation) -> None:
     t.put("algorithm.beta", coefficient, name)
     t.put("algorithm.kl_in", "loss" if in_loss else "reward", *(n for n in ("use_kl_loss",) if n in t.settings))
     t.put("algorithm.kl_estimator", estimator, *(n for n in ("kl_estimator",) if n in t.settings))
+
+
+def optimal_values(t: Translation) -> None:
+    """Prompts that the reference never solves, which TRL leaves out unless the file says otherwise."""
+    if t.toolkit == "trl" and t.verb == "a2po" and "filter_all_incorrect" not in t.settings:
+        t.put("algorithm.solved_above", 0.0)
 
 
 def strategies(t: Translation) -> None:

@@ -103,12 +103,15 @@ class Worker:
     """Methods that vLLM's worker gets beside its own."""
 
     def steersman_settings(self) -> dict[str, Any]:
-        """`max_num_seqs`, the most sequences decoded at a time, and those SIZES of the `model` that it has."""
+        """`max_num_seqs`, the most sequences decoded at a time, those SIZES of the `model` that it has, and which
+        log-probabilities are told (`logprobs_mode`), of at most `max_logprobs` tokens."""
         config = self.model_config.hf_text_config  # type: ignore[attr-defined]
         told = {name: getattr(config, name, None) for name in SIZES}
         return {
             "max_num_seqs": self.scheduler_config.max_num_seqs,  # type: ignore[attr-defined]
             "model": {name: value for name, value in told.items() if isinstance(value, int)},
+            "logprobs_mode": str(self.model_config.logprobs_mode),  # type: ignore[attr-defined]
+            "max_logprobs": self.model_config.max_logprobs,  # type: ignore[attr-defined]
         }
 
     def steersman_digests(self, path: str = "") -> dict[str, Any]:

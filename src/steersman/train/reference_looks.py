@@ -16,10 +16,11 @@ from steersman.ops.text import perplexity, text_stats
 from steersman.plan.memory import SamplingLoad
 from steersman.recipe.sections import RolloutConfig
 from steersman.run.progress import ProgressLine
+from steersman.run.seed import SamplingStream
 from steersman.setup.generators import open_generator, sample_on_all_ranks
 from steersman.setup.reference import Reference, divergence
 from steersman.train.experience import tokens_of
-from steersman.train.looks import STREAM, answer_row
+from steersman.train.looks import answer_row
 from steersman.train.session import Session
 from steersman.train.tally import Tally
 from steersman.types import Prompt, Sample, Stats
@@ -42,7 +43,7 @@ class SamplesConfig(Section):
         return self.prompts if self.prompts is not None else 16 if has_reference else 0
 
 
-class HeldPrompts:
+class ReferenceLooks:
     """The same prompts, answered again and again with the same random streams, at temperature 1.
 
     `held_out/kl` estimates KL(pi || pi_ref) in nats per response (of at most `max_new_tokens` tokens). It is the
@@ -77,8 +78,8 @@ class HeldPrompts:
             return {}
         with whole_weights(self.policy):
             samples = sample_on_all_ranks(
-                self.engine, self.prompts, self.sampling, seed=(self.session.config.seed, STREAM),
-                progress=ProgressLine("answers to held prompts"),
+                self.engine, self.prompts, self.sampling, progress=ProgressLine("answers to held prompts"),
+                seed=(self.session.config.seed, SamplingStream.TRAINING_LOOK),
             )  # fmt: skip
         self._write(samples)
         stats: Stats = {"held_out/length": sum(len(s.ids) for s in samples) / len(samples)}
@@ -102,10 +103,10 @@ class HeldPrompts:
         self.session.log.samples(self.session.step, [answer_row(s) for s in samples])
 
 
-def held_prompts(
+def reference_looks(
     policy: Policy, reference: Reference, data: TrainingSet[Any], config: SamplesConfig, session: Session
-) -> HeldPrompts | None:
-    """The watch over the first different prompts of the data; None where no answer fits.
+) -> ReferenceLooks | None:
+    """The looks at the first different prompts of the data; None where no answer fits.
 
     Prompts that leave no room for an answer in the model's context are passed over.
     """
@@ -121,4 +122,4 @@ def held_prompts(
     if not fitting:
         return None
     prompts = [Prompt(one, policy.tokenizer.decode(one), index=i) for i, one in enumerate(fitting)]
-    return HeldPrompts(policy, reference, prompts, config, session)
+    return ReferenceLooks(policy, reference, prompts, config, session)

@@ -10,13 +10,14 @@ from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
 from steersman.distributed.micro import in_order, my_micro_batches
 from steersman.objectives.supervised import SFT
-from steersman.train.looks import STREAM, answer_row, standard_error
+from steersman.run.seed import SamplingStream
+from steersman.train.looks import answer_row, standard_error
 from steersman.train.session import Session
 from steersman.train.tally import Tally
 from steersman.types import Stats
 
 
-class Watch:
+class TeacherLooks:
     """`held_out/teacher_kl` is KL(student || teacher) in nats per answer, of the student's own answers: the mean over
     sampled answers of the sum over their tokens of the whole distributions' divergence; `held_out/teacher_kl_se` is
     its standard error over prompts. With another tokenizer it is `held_out/uld`, the sorted distance per token.
@@ -39,7 +40,8 @@ class Watch:
         stats = {} if self.given_loss is None else self.given_loss.evaluate()
         if not self.prompts:
             return stats
-        own = self.run.student_answers(self.prompts, 1, (self.run.recipe.run.seed, STREAM), self.teacher_prompts)
+        seed = (self.run.recipe.run.seed, SamplingStream.TRAINING_LOOK)
+        own = self.run.student_answers(self.prompts, 1, seed, self.teacher_prompts)
         stats |= {f"held_out/{name.replace('length/mean', 'length')}": x for name, x in own.stats.items()}
         stats |= {} if self.run.feedback is not None else self._distance(own.answers)
         session.log.samples(step, [answer_row(s) for s in own.samples])
