@@ -78,3 +78,17 @@ def family(request) -> str:
 @pytest.fixture
 def causal_model(family):
     return tiny_model(family)
+
+
+@pytest.fixture
+def ends_soon():
+    """Fails a test that goes on after 30 seconds, also within a search of `re`."""
+
+    def late(*_):
+        raise AssertionError("it goes on after 30 seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

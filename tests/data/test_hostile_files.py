@@ -1,5 +1,6 @@
 """Files as others leave them: a named error with file, line and field, or rows that are counted; nothing else."""
 
+import gzip
 import json
 import time
 
@@ -205,8 +206,28 @@ def test_any_bytes_are_rows_or_a_named_error(tmp_path, content, suffix, policy, 
 
 def test_blanks_in_a_debate_take_time_that_grows_with_their_number(tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps({"#id": "1", "label": "a2", "a1": "b", "a2": "a" + " " * 100_000 + "<br/> c <br>d"}))
+    path.write_text(json.dumps({"#id": "1", "label": "a2", "a1": "b", "a2": "a<br/> c <br>d" + " " * 100_000 + "e"}))
     start = time.process_time()
     (pair,) = preferences(DataConfig(path=str(path))).train
-    assert pair.chosen == "a\nc\nd"
+    assert pair.chosen == "a\nc\nd" + " " * 100_000 + "e"
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("before", [0, 2, 4000])
+def test_a_line_that_is_too_long_is_named_before_it_is_all_read(tmp_path, before):
+    """A few KB that are packed may hold a line of any size."""
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(GOOD.encode() * before + b'{"prompt": "' + b"a" * (70 << 20))
+    with pytest.raises(SteersmanError, match=rf"rows\.jsonl\.gz, line {before + 1}: more than 64 MiB on one line"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("size", [10, 3000, 70_000, 200_000])
+@pytest.mark.parametrize("last", ["", "\n"])
+def test_every_line_is_read_whatever_its_length(tmp_path, size, last):
+    rows = [{"prompt": f"{i}", "completion": "a" * (size + i)} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + last)
+    assert [(row.data, row.number) for row in read_rows(tmp_path / "rows.jsonl")] == list(
+        zip(rows, range(1, 7), strict=True)
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from letter_models import WORDS, rows_of, write_jsonl
@@ -82,6 +84,26 @@ def test_answers_of_too_many_steps_and_recipes_without_a_reward_are_told(tmp_pat
     else:
         with pytest.raises(SteersmanError, match="has 1 to 1 steps"):
             run(none)
+
+
+def test_what_the_length_limit_and_most_steps_leave_out_is_counted(tmp_path, mini_model, capsys):
+    told = run(recipe(tmp_path, mini_model, most_steps=2))
+    answers, rows = rows_of(tmp_path / "run/answers.jsonl"), rows_of(tmp_path / "run/steps.jsonl")
+    whole = [a for a in answers if not a.get("cut")]
+    assert told["data/sampled"] == len(answers) == 72
+    assert told["data/cut"] == 72 - len(whole) > 0
+    assert told["data/answers"] == len(whole)
+    assert told["data/too_many_steps"] == sum(len(a["steps"]) > 2 for a in whole)
+    left_out = {name: told[f"data/{name}"] for name in ("cut", "without_steps", "too_many_steps")}
+    assert told["data/rows"] == len(rows) == 72 - sum(left_out.values())
+    assert json.loads((tmp_path / "run/steps.provenance.json").read_text())["left_out"] == left_out
+    continued = sum(4 * (len(row["steps"]) - 1) for row in rows)
+    assert 0 < told["continuations/cut"] == sum(row["continuations_cut"] for row in rows) / continued < 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of the answers, which are left out: the data are the short answers" in said
+    assert "of the continuations, which are scored as far as they went" in said
+    fewer = run(recipe(tmp_path, mini_model, most_steps=1, run={"dir": str(tmp_path / "fewer"), "threads": 1}))
+    assert fewer["data/too_many_steps"] == sum(len(a["steps"]) > 1 for a in whole) > 0
 
 
 def test_answers_that_are_all_cut_are_told(tmp_path, mini_model):

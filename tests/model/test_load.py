@@ -247,3 +247,15 @@ def test_rotations_that_depend_on_the_longest_row_are_told(kind, tmp_path, token
     limit = 32 if kind == "longrope" else 128
     for load in (load_policy, load_scalar):
         assert any(f"a row longer than {limit} tokens changes the rotations" in note for note in load(tmp_path).notes)
+
+
+def test_weights_outside_the_folder_are_refused(model_folder, tmp_path):
+    """An index may name any file; no digest of the folder would tell what is in it."""
+    folder = model_folder("llama")
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for name in ("../x.safetensors", str(tmp_path / "x.safetensors")):
+        keys = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).state_dict()
+        index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(keys, name)}))
+        with refused(r"index\.json: it names weights outside its folder"):
+            load_policy(folder, device="cpu")

@@ -406,7 +406,7 @@ def test_headers_allow_no_script_but_ours(store):
     assert "unsafe" not in policy
     assert not re.search(r"<script(?! src=)|\son\w+=|style=", page.text)
     assert "HttpOnly" in page.history[0].headers["set-cookie"]
-    assert "SameSite=strict" in page.headers["set-cookie"]
+    assert "SameSite=strict" in page.history[0].headers["set-cookie"]
 
 
 @pytest.mark.parametrize(

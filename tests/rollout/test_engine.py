@@ -60,6 +60,13 @@ def test_a_templates_ends_stand_beside_the_models_own(model):
     assert end_ids(model, tokenizer, [5], also=[7]) == (5,)
 
 
+@pytest.mark.parametrize("given", ["x", [2, "x"], 2.0, {"a": 1}])
+def test_ends_that_are_no_ids_are_named(model, given, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", given)
+    with pytest.raises(SteersmanError, match=r"eos_token_id is .*generation_config\.json"):
+        end_ids(model, character_tokenizer(), also=[7])
+
+
 def test_one_token_responses(model):
     samples = Engine(model, max_batch=2).generate(ragged(5), Sampling(1), n=3, seed=0)
     assert [len(s.ids) for s in samples] == [1] * 15

@@ -246,3 +246,19 @@ def test_axes_are_named_and_lines_that_coincide_are_told_apart():
     assert ">step<" in svg
     assert ">Reward<" in svg
     assert svg.count("stroke-dasharray") >= 1
+
+
+def test_no_text_turns_round_what_stands_beside_it(run):
+    """Control characters and direction marks are written out, wherever the text stands."""
+    marks = "\x1b[31m\u202e\u2066"
+    rows = [{"step": s, "index": 0, "prompt": marks, "completion": marks, "finish": marks, "reward": {marks: 1.0}}
+            for s in (0, 1, 2)]  # fmt: skip
+    (run / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 62, f"reward/{marks}": 1.0, f"odd/{marks}": 1.0}).join("\n\n"))
+    (run / "health.jsonl").write_text(json.dumps({"step": 1, "code": marks, "severity": "stop", "text": marks}))
+    (run / "config.yaml").write_text(f'data: {{path: "{json.dumps(marks)[1:-1]}"}}\n# \u202e\n')
+    text = write_report(run).read_text()
+    assert not set(marks) - set("[31m") & set(text)
+    assert "\\x1b[31m\\u202e\\u2066" in text
+    assert "<svg" in text

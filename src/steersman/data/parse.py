@@ -20,6 +20,8 @@ from steersman.types import SteersmanError
 
 HEAD = 2**16
 """Bytes of a file of lines by which its encoding is judged."""
+LONGEST_LINE = 64 << 20
+"""Bytes of one line, unpacked: a small file that is packed may hold a line that no memory has room for."""
 _INK = re.compile(r"\S")
 STORY_END = "<|endoftext|>"
 TOOL_FIELDS = ("tool_calls", "tools", "arguments", "function_call")
@@ -28,12 +30,12 @@ TOOL_FIELDS = ("tool_calls", "tools", "arguments", "function_call")
 
 def jsonl(stream: BinaryIO, file: str, bad: BadRows, key: str | None = None) -> Iterator[Row]:
     """One object a line, read line by line. A line that is none is a bad row. `key` is the recipe's key that names an
-    encoding."""
+    encoding. Raises SteersmanError for a line of more than LONGEST_LINE bytes."""
     head = stream.read(HEAD)
     if is_wide(head):
         decode(head, file, key=key)  # which says what to do
     advice = functools.cache(lambda: not_utf8(head, key))
-    lines = enumerate(_lines(head, stream), 1)
+    lines = enumerate(_lines(head, stream, file), 1)
     filled: Iterator[tuple[int, bytes]] = ((number, raw) for number, raw in lines if raw.strip())
     for number, raw in filled:
         row = Row({}, file, number, "line")
@@ -55,12 +57,20 @@ def jsonl(stream: BinaryIO, file: str, bad: BadRows, key: str | None = None) -> 
                 bad.add(row.fault("not an object", f"a {type(data).__name__}, but every line must be an object"))
 
 
-def _lines(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
+def _lines(head: bytes, stream: BinaryIO, file: str) -> Iterator[bytes]:
     """The lines of a file of which the head was read already, without a byte order mark."""
     *whole, rest = head.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     yield from whole
-    yield rest + stream.readline()
-    yield from stream
+    for number, line in enumerate(iter(functools.partial(stream.readline, LONGEST_LINE + 1), b""), len(whole) + 1):
+        if len(rest) + len(line) > LONGEST_LINE:
+            raise SteersmanError(
+                f"{file}, line {number}: more than {LONGEST_LINE >> 20} MiB on one line, which is one row; "
+                "split it, or leave it out"
+            )
+        yield rest + line
+        rest = b""
+    if rest:
+        yield rest
 
 
 def _broken(error: json.JSONDecodeError, *, last: bool) -> str:

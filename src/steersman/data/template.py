@@ -259,7 +259,7 @@ class ChatTemplate:
         return text, spans
 
     def _fence(self, value: Any, fences: bool = True) -> Any:
-        """A value with every text in it, names of fields too, escaped and, with `fences`, its special tokens fenced."""
+        """A value with every text in it, names of fields too, escaped; with `fences`, its special tokens fenced."""
         if isinstance(value, dict):
             return {self._fence(name, fences): self._fence(x, fences) for name, x in value.items()}
         if isinstance(value, list):

@@ -105,7 +105,8 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         right = sum(r["labels"][-1] for r in rows) / len(rows)
         continued = (len(labels) - len(rows)) * recipe.continuations
         cut = sum(r["continuations_cut"] for r in rows)
-        stats = {"data/answers": len(answers), "data/rows": len(rows), "steps": len(labels) / len(rows)}
+        stats = {"data/sampled": len(answers), "data/answers": len(whole), "data/rows": len(rows)}
+        stats["steps"] = len(labels) / len(rows)
         stats |= {f"data/{name}": count for name, count in left_out.items()}
         stats |= {"label/mean": sum(labels) / len(labels), "right": right}
         stats["continuations/cut"] = cut / continued if continued else 0.0
@@ -184,14 +185,14 @@ def _warn(ledger: Ledger, recipe: StepLabelsRecipe, answers: float, continuation
     limit = f"rollout.max_new_tokens, {recipe.rollout.max_new_tokens}"
     if answers > MUCH:
         ledger.log.note(
-            f"the length limit ({limit}) cut {answers:.0%} of the answers, which are left out: the data are the short "
-            "answers; raise it",
+            f"the length limit ({limit}) cut {answers:.0%} of the answers, which are left out: the data are the "
+            "short answers; raise it",
             style="yellow",
         )
     if continuations > MUCH:
         ledger.log.note(
-            f"the length limit ({limit}) cut {continuations:.0%} of the continuations, which are scored as far as they "
-            "went, so that early steps of long answers look worse than they are; raise it",
+            f"the length limit ({limit}) cut {continuations:.0%} of the continuations, which are scored as far as "
+            "they went, so that early steps of long answers look worse than they are; raise it",
             style="yellow",
         )
 

@@ -155,9 +155,9 @@ def advantage_regression(
     """(beta sum_t (logp - logp_ref) - A)^2 of a response, put on each of its tokens.
 
     A is one number per response: its reward less V*(x), in units of reward; `beta` in reward per nat. With the exact
-    V* it is 0 for every response where the policy is pi_ref exp(r / beta) / Z, and nowhere else. Its expected gradient
-    over the policy's own responses is 2 beta times that of -(E[r] - beta KL), whatever V*(x) is taken off. The
-    "sequence" average makes it the mean over responses. Source: A*-PO, arXiv 2505.20686.
+    V* it is 0 for every response where the policy is pi_ref exp(r / beta) / Z, and nowhere else. Its expected
+    gradient over the policy's own responses is 2 beta times that of -(E[r] - beta KL), whatever V*(x) is taken off.
+    The "sequence" average makes it the mean over responses. Source: A*-PO, arXiv 2505.20686.
     """
     log_ratio = masked_sum(logp - logp_ref, mask, dim=-1)
     return (beta * log_ratio[:, None] - adv).square()

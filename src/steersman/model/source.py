@@ -6,6 +6,7 @@ A path that exists is read from disk alone; no hub is asked.
 from __future__ import annotations
 
 import difflib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -241,6 +242,7 @@ def read_weights(auto: Any, config: Any, what: Loading) -> tuple[Any, dict[str, 
     source, dtype, quantise = what.source, what.dtype, what.quantise
     if dtype not in DTYPES:
         raise SteersmanError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    _require_own_files(source)
     more: dict[str, Any] = {} if what.attention is None else {"attn_implementation": what.attention}
     keep = ["score", "classification_head"] if "Sequence" in auto.__name__ else None
     stored = getattr(config, "quantization_config", None)
@@ -270,6 +272,23 @@ def read_weights(auto: Any, config: Any, what: Loading) -> tuple[Any, dict[str, 
             return model if quantised else model.to(what.device), info
     except Exception as error:  # each weight format has errors of its own
         raise SteersmanError(f"{source}: its weights can not be loaded: {error}") from error
+
+
+def _require_own_files(source: str) -> None:
+    """Raises SteersmanError where an index of a local folder names weights outside it, whose content no digest of the
+    folder would tell."""
+    for index in Path(source).glob("*.index.json"):
+        try:
+            told = json.loads(index.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue  # what reads the weights says what is wrong with it
+        files = told.get("weight_map") if isinstance(told, dict) else None
+        for file in files.values() if isinstance(files, dict) else ():
+            if isinstance(file, str) and Path(file).name != file:
+                raise SteersmanError(
+                    f"{index}: it names weights outside its folder ({file!r}); put the files into the folder, and "
+                    "their plain names into the index"
+                )
 
 
 def require_complete(source: str, model: Any, info: dict[str, Any], allowed: Sequence[str] = ()) -> None:

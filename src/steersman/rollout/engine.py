@@ -182,10 +182,10 @@ def end_ids(
     for found in (override, getattr(settings, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)):
         if found is None:
             continue
-        ids = tuple(found) if isinstance(found, list | tuple) else (found,)
+        ids: tuple[Any, ...] = tuple(found) if isinstance(found, list | tuple) else (found,)
         if not all(type(i) is int for i in ids):
             raise SteersmanError(
-                f"{model.name_or_path}: eos_token_id is {found!r}; it must be an id, or a list of ids: mend it in the "
+                f"{model.name_or_path}: eos_token_id is {found!r}; give an id or a list of ids in the "
                 "model's generation_config.json"
             )
         return ids

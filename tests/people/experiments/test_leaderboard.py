@@ -65,7 +65,10 @@ def test_one_rater_has_no_interval_and_it_is_said(tmp_path, capsys):
     bounds = {r["player"]: (r["low"], r["high"]) for r in told["ratings"]}
     assert bounds == {"plain": (1000, 1000), "good": (None, None), "long": (None, None)}
     assert main(["leaderboard", str(path), "--cluster", "prompt", "--draws", "20"]) == 0
-    assert "no interval" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "so there is no interval" not in said
+    told = [line for line in said.splitlines() if "no interval" in line]
+    assert [line.split(":")[0] for line in told] == ["headers", "lists", "bold"], "which never differ"
 
 
 def test_refusals(tmp_path, capsys):

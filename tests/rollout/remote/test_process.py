@@ -436,9 +436,12 @@ def test_shared_memory_that_is_full_is_told_and_the_server_keeps_its_weights(run
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_an_engine_obeys_nobody_without_its_key(running, method):
+def test_an_engine_obeys_nobody_without_its_key(method, monkeypatch):
     """Neither another user of the machine nor a web page that is open on it, whatever it asks."""
-    policy, generator = running
+    monkeypatch.delenv(ENGINE_KEY)
+    policy = make_policy()
+    generator = opened(policy)
+    generator.update_weights(1)
     server, prompts = generator.stations[0].server, asked(2)
     key = {"authorization": f"Bearer {server.key}"}
     page = {"host": "evil.example", "origin": "http://evil.example", "content-type": "text/plain"}
@@ -454,6 +457,7 @@ def test_an_engine_obeys_nobody_without_its_key(running, method):
     assert len(server.key) >= 32
     drawn = generator.generate(prompts, SAMPLING, n=1, seed=(3,))
     assert same(drawn, inside(policy).generate(prompts, SAMPLING, n=1, seed=(3,)))  # nothing paused it
+    generator.close()
 
 
 def test_an_engine_without_a_key_does_not_start(tmp_path, monkeypatch):
@@ -470,7 +474,7 @@ def test_a_server_at_an_address_wants_the_same_key(running, monkeypatch):
     there = {"urls": (generator.stations[0].server.url,)}
     for key in ("", "another key"):
         monkeypatch.setenv(ENGINE_KEY, key)
-        with pytest.raises(SteersmanError, match="status 401.*STEERSMAN_ENGINE_KEY"):
+        with pytest.raises(SteersmanError, match=r"status 401.*STEERSMAN_ENGINE_KEY"):
             opened(policy, **there)
     monkeypatch.setenv(ENGINE_KEY, generator.stations[0].server.key)
     opened(policy, **there).close()

@@ -4,9 +4,9 @@
         --threads 1 --max-batch 64 --dtype float32 --device cpu
 
 FOLDER holds a config and a tokenizer. The weights come by /update_weights before the first sample; or FOLDER holds
-them too, and adapters come by /v1/load_lora_adapter. Every request has to bear the key: who has it
-can replace the weights and have files read. It listens on this machine only; with `--host ADDRESS` others reach it, and the key
-travels over their network as it is.
+them too, and adapters come by /v1/load_lora_adapter. Every request has to bear the key: who has
+it can replace the weights and have files read. It listens on this machine only; with `--host ADDRESS` others reach
+it, and the key travels over their network as it is.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from steersman.atomic import write_atomic
 from steersman.config.dump import flat_keys
 from steersman.config.recipe_text import load_yaml
 from steersman.extras import installed
+from steersman.guards.terminal import printable
 from steersman.jsonl import read_jsonl
 from steersman.run.console import duration_text
 from steersman.run.held_out import NONE_HELD_OUT, looks_are_trained_on
@@ -98,7 +99,7 @@ def write_report(folder: Path) -> Path:
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("steersman.run.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_written_out,
     )  # fmt: skip
     config = folder / "config.yaml"
     told = _told(config)
@@ -121,6 +122,11 @@ def write_report(folder: Path) -> Path:
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _written_out(value: Any) -> Any:
+    """Text of others with its control characters and direction marks written out; what is HTML of ours stays."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _told(config: Path) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def _group(key: str) -> str:
 
 def _label(key: str, looks: str) -> str:
     parts = [p for p in key.split("/") if p != "held_out"]
-    name = " ".join(parts[1:] or parts).replace("_", " ")
+    name = printable(" ".join(parts[1:] or parts).replace("_", " "))
     return f"{name} ({looks})" if "held_out" in key.split("/") else name
 
 
