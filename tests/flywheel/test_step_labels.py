@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
-from letter_models import WORDS, rows_of, write_jsonl
+from letter_models import WORDS, letters, rows_of, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from steersman.data import DataConfig
 from steersman.data.load import steps as load_steps
 from steersman.flywheel.players import Player, load_queries
 from steersman.flywheel.steps import Maker, StepLabelsRecipe, run
 from steersman.judge.scored import Scorer
+from steersman.model import step_ends
 from steersman.types import SteersmanError
+
+LEFT_OUT = ("cut", "without_steps", "too_many_steps", "steps_within_a_token")
 
 
 def recipe(tmp_path, mini_model, **extra) -> StepLabelsRecipe:
@@ -55,15 +60,16 @@ def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model,
     whole = run(recipe(tmp_path, mini_model))
     made, label = [], Maker.label_steps
 
-    def dies(self, answer):
+    def dies(self, answers, span, progress):
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(answer)
-        return label(self, answer)
+        made.append(span)
+        return label(self, answers, span, progress)
 
     again = recipe(tmp_path, mini_model, run={"dir": str(tmp_path / "cut"), "threads": 1})
     with monkeypatch.context() as patch:
         patch.setattr(Maker, "label_steps", dies)
+        patch.setattr("steersman.flywheel.steps.piece_size", lambda rollout, n: 3)
         with pytest.raises(KeyboardInterrupt):
             run(again)
     cut = run(again, resume=True)
@@ -94,7 +100,7 @@ def test_what_the_length_limit_and_most_steps_leave_out_is_counted(tmp_path, min
     assert told["data/cut"] == 72 - len(whole) > 0
     assert told["data/answers"] == len(whole)
     assert told["data/too_many_steps"] == sum(len(a["steps"]) > 2 for a in whole)
-    left_out = {name: told[f"data/{name}"] for name in ("cut", "without_steps", "too_many_steps")}
+    left_out = {name: told[f"data/{name}"] for name in LEFT_OUT}
     assert told["data/rows"] == len(rows) == 72 - sum(left_out.values())
     assert json.loads((tmp_path / "run/steps.provenance.json").read_text())["left_out"] == left_out
     continued = sum(4 * (len(row["steps"]) - 1) for row in rows)
@@ -104,6 +110,40 @@ def test_what_the_length_limit_and_most_steps_leave_out_is_counted(tmp_path, min
     assert "of the continuations, which are scored as far as they went" in said
     fewer = run(recipe(tmp_path, mini_model, most_steps=1, run={"dir": str(tmp_path / "fewer"), "threads": 1}))
     assert fewer["data/too_many_steps"] == sum(len(a["steps"]) > 1 for a in whole) > 0
+
+
+def test_rows_are_the_answers_word_for_word_and_continuations_begin_behind_their_text(tmp_path):
+    """A model that says each of six tokens equally often writes blank steps and several separators in a row."""
+    vocabulary = ["<unk>", "<s>", "</s>", "a", "b", " "]
+    config = LlamaConfig(
+        vocab_size=6, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+    )  # fmt: skip
+    model, tokenizer = LlamaForCausalLM(config), letters(vocabulary=vocabulary)
+    model.lm_head.weight.data.zero_()
+    model.save_pretrained(tmp_path / "even")
+    tokenizer.save_pretrained(tmp_path / "even")
+    asked = recipe(tmp_path, tmp_path / "even")
+    write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a" * n, "answer": "a"} for n in range(1, 13)])
+    (tmp_path / "r.py").write_text(
+        "def has(prompts, completions):\n"
+        f"    with open({str(tmp_path / 'seen')!r}, 'a') as seen:\n"
+        "        seen.write(''.join(c + '#' for c in completions))\n"
+        "    return [1.0 for c in completions]\n"
+    )
+    run(asked)
+    rows = rows_of(tmp_path / "run/steps.jsonl")
+    answers = [a["text"] for a in rows_of(tmp_path / "run/answers.jsonl") if not a.get("cut") and a["text"].strip()]
+    assert [" ".join(row["steps"]) for row in rows] == answers
+    assert sum("  " in text.strip() for text in answers) > 3
+    seen = iter((tmp_path / "seen").read_text().split("#"))
+    for row, text in zip(rows, answers, strict=True):
+        assert next(seen) == text
+        ends = [end.end() for end in re.finditer("[ab] ", text)][: len(row["steps"]) - 1]
+        assert [next(seen).startswith(text[:end]) for end in ends for _ in range(4)] == [True] * 4 * len(ends)
+    for example in load_steps(DataConfig(path=str(tmp_path / "run/steps.jsonl"), step_separator=" ")).train:
+        ids = tokenizer.encode(example.completion, add_special_tokens=False)
+        assert len(step_ends(tokenizer, ids, " ")) == len(example.labels)
 
 
 def test_answers_that_are_all_cut_are_told(tmp_path, mini_model):

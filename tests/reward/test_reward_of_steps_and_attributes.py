@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from letter_models import letters
 from reward_classifiers import WORDS, classifier, word_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from steersman.model import AttributeModel, GatedModel, Meaning, ScalarModel, save, step_ends
 from steersman.reward import ModelReward, RewardConfig, build_reward
@@ -33,6 +35,25 @@ def test_where_steps_end(policy_tokenizer):
     assert step_ends(policy_tokenizer, ids[:3], "and") == [2]
     assert step_ends(policy_tokenizer, [*ids[:3], policy_tokenizer.eos_token_id], "and") == [2]
     assert step_ends(policy_tokenizer, [], "and") == []
+
+
+def test_a_step_of_the_separators_letters_is_a_step():
+    tokenizer = letters()
+    assert step_ends(tokenizer, tokenizer.encode("anandb"), "and") == [4, 5]
+
+
+def test_separators_that_begin_with_a_space_or_part_characters_are_found():
+    words = Tokenizer(models.Unigram([("<unk>", 0.0), *((w, -1.0) for w in ("\u2581a", "\u2581ki", "\u2581b"))], 0))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    pieces = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert step_ends(pieces, pieces.encode("a ki b ki a"), " ki") == [1, 3, 4]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    split = PreTrainedTokenizerFast(tokenizer_object=inner)
+    ids = split.encode("aкиbкиc")
+    assert step_ends(split, ids, "ки") == [4, 9, 10]
+    assert step_ends(split, ids[:-2], "ки") == [4, 8]  # its last character is cut
 
 
 @pytest.mark.parametrize("steps", ["mean", "sum", "min"])

@@ -72,7 +72,7 @@ def finish_example(example: Example, config: DataConfig, bad: BadRows) -> bool:
         _prefix(example, config.completion_prefix)
     if isinstance(example, Steps):
         example.separator = config.step_separator
-        split_again = [s for s in example.steps if example.separator in s.strip()]
+        split_again = [s for s in example.steps if sum(bool(p.strip()) for p in s.split(example.separator)) > 1]
         if split_again:
             raise example.row.fault(
                 "step labels do not match steps",

@@ -19,7 +19,7 @@ from steersman.distill.teacher_looks import TeacherLooks
 from steersman.evaluation import Evaluation
 from steersman.model import Policy
 from steersman.plan.memory import Model, SamplingLoad, announce, largest_load
-from steersman.reward import build_reward
+from steersman.reward import build_reward, columns_of
 from steersman.run.device import device_text
 from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
@@ -50,6 +50,8 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         reward = None
         if recipe.reward is not None:
             reward = build_reward(recipe.reward, student.tokenizer, session.device)
+            for rows_read in filter(None, (train.prompts, held.prompts)):
+                reward.require_columns(columns_of(prompt.row for prompt in rows_read))
         engine = open_generator(recipe.rollout, student)
         stack.callback(engine.close)
         shown = recipe.teacher.feedback

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from steersman.data import Batches, mixture, wraps
+from steersman.data import Batches, Query, mixture, wraps
 from steersman.flywheel.players import Player, load_queries, text_of, usable
 from steersman.flywheel.refresh import refresh_judge
 from steersman.flywheel.sections import LoopRecipe
@@ -40,6 +40,9 @@ class Flywheel:
         self.ending, self.paths = Stopping(recipe.stop), list[str]()
         self.judge = self.open_judge(recipe.judge)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
+        if self.gold is not None:
+            for queries in self._read():
+                self.gold.require_columns(query.columns for query in queries)
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
         self.start = self.player(recipe.model.path)
@@ -54,7 +57,14 @@ class Flywheel:
         """A judge, with its cache in the run folder."""
         ledger = self.ledger  # not the loop itself, which holds the judge
         stopping = lambda: bool(ledger.signal)  # noqa: E731
-        return SharedJudge(config, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
+        judge = SharedJudge(config, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
+        for queries in self._read():
+            judge.require_columns(query.columns for query in queries)
+        return judge
+
+    def _read(self) -> list[list[Query]]:
+        """The prompts, training ones apart from held ones."""
+        return [queries for queries in (self.train, self.held) if queries]
 
     def player(self, path: str, model: ModelConfig | None = None) -> Player:
         """The model at `path`, in the recipe's precision unless `model` says another; who opens it releases it."""

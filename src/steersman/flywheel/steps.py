@@ -5,6 +5,9 @@
 The model answers the prompts, its answers are cut into steps, and it continues from the end of every step; a reward
 says of whole answers whether they are right. `steersman reward` trains on the rows (`steps`, `labels`).
 
+An answer stays as the model wrote it: continuations begin behind the answer's own tokens, up to the one that ends the
+step (`model.step_ends`, as in training and in rollouts), and the row's steps, joined by the separator, are its text.
+
 Source: arXiv 2312.08935, section 3.3 (soft estimation). Departures: the last step's label is the answer's own score,
 for nothing is left to continue; the model that continues is the one that answered.
 """
@@ -18,17 +21,18 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from steersman.config.sections import Section, key_names
-from steersman.data import DataConfig, Layout, Query, encode_prompts, layout
+from steersman.data import DataConfig, Query, encode_prompts, layout
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
-from steersman.model import context_length
+from steersman.model import context_length, step_ends
 from steersman.recipe.sections import LEARNED_ONLY, PLACE_ONLY, TRAINED_ONLY, ModelConfig, RolloutConfig
 from steersman.reward import RewardPart
+from steersman.rollout.text import Texts
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.run.seed import sub_seed
 from steersman.setup.generators import piece_size
-from steersman.types import Progress, Prompt, SteersmanError
+from steersman.types import Progress, Prompt, Stats, SteersmanError
 
 MUCH = 0.05
 """The share cut by the length limit above which a run says so."""
@@ -70,6 +74,7 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         queries, _ = load_queries(recipe.data, 0, wrap=False)
         queries = queries[: recipe.rollout.prompts]
         scorer = Scorer(recipe.reward, ledger.device)
+        scorer.require_columns(query.columns for query in queries)
         player = Player(recipe.model, recipe.run, ledger.device)
         ledger.at_end(player.release)
         maker = Maker(recipe, player, queries, scorer)
@@ -85,14 +90,17 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
                 f"the length limit cut every answer, and such answers are left out; raise rollout.max_new_tokens "
                 f"({recipe.rollout.max_new_tokens}) and choose another --run.dir, since this one keeps the answers"
             )
-        kept = [a for a in whole if 1 <= len(a["steps"]) <= recipe.most_steps]
+        kept = [a for a in whole if 1 <= len(a["steps"]) <= min(recipe.most_steps, len(maker.ends(a)))]
         left_out = {
             "cut": len(answers) - len(whole),
             "without_steps": sum(not a["steps"] for a in whole),
             "too_many_steps": sum(len(a["steps"]) > recipe.most_steps for a in whole),
         }
+        left_out["steps_within_a_token"] = len(answers) - len(kept) - sum(left_out.values())
+        steps = sum(len(a["steps"]) for a in kept)
         rows = ledger.parts(
-            "steps", len(kept), lambda span, _progress: [maker.label_steps(kept[i]) for i in span],
+            "steps", len(kept), lambda span, progress: maker.label_steps(kept, span, progress),
+            size=piece_size(recipe.rollout, recipe.continuations * max(1, steps // max(1, len(kept)))),
             made_from=ledger.sources("answers"), continuations=recipe.continuations, right_from=recipe.right_from,
             left_out=left_out,
         )  # fmt: skip
@@ -105,7 +113,7 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
         right = sum(r["labels"][-1] for r in rows) / len(rows)
         continued = (len(labels) - len(rows)) * recipe.continuations
         cut = sum(r["continuations_cut"] for r in rows)
-        stats = {"data/sampled": len(answers), "data/answers": len(whole), "data/rows": len(rows)}
+        stats: Stats = {"data/sampled": len(answers), "data/answers": len(whole), "data/rows": len(rows)}
         stats["steps"] = len(labels) / len(rows)
         stats |= {f"data/{name}": count for name, count in left_out.items()}
         stats |= {"label/mean": sum(labels) / len(labels), "right": right}
@@ -127,8 +135,18 @@ class Maker:
     def prompts(self) -> list[Prompt]:
         """The questions as the model reads them."""
         policy, data = self.player.policy, self.recipe.data
+        if policy.model.config.is_encoder_decoder:
+            raise SteersmanError(
+                f"model.path {self.recipe.model.path}: an encoder-decoder begins every answer anew and can not "
+                "continue one from a step; choose a decoder-only model"
+            )
         context, new = context_length(policy.model), self.recipe.rollout.max_new_tokens
         return encode_prompts(self.queries, layout(policy, data), data, context, new)[0]
+
+    @cached_property
+    def asked(self) -> dict[int, Prompt]:
+        """The prompts by the place of their query."""
+        return {prompt.index: prompt for prompt in self.prompts}
 
     def answers(self, span: range, progress: Progress) -> Rows:
         """Every answer to some of the prompts with its steps; those that the length limit cut say so."""
@@ -137,47 +155,67 @@ class Maker:
             prompts, rollout.sampling(), n=rollout.samples, seed=(self.seed, 0), progress=progress
         )
         return [
-            {"index": s.prompt.index, "text": s.text, "steps": self._cut(s.text)}
+            {"index": s.prompt.index, "text": s.text, "steps": steps_of(s.text, self.separator), "ids": s.ids}
             | ({} if s.terminated else {"cut": True})
             for s in samples
         ]
 
-    def label_steps(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """The answer's row: its steps, and the share of continuations from each that end well; how many of them the
-        length limit cut, which are scored as far as they went."""
-        query, steps = self.queries[answer["index"]], answer["steps"]
-        ids = next(p for p in self.prompts if p.index == answer["index"]).ids
-        begun = [self.separator.join(steps[: k + 1]) + self.separator for k in range(len(steps) - 1)]
-        whole, cut = [self.separator.join(steps)], 0
-        if begun:
-            continued, cut = self._continued(ids, begun, answer["index"])
-            whole += continued
-        scores = self.scorer([query.prompt] * len(whole), whole, [query.columns] * len(whole))["total"]
-        right = [float(s >= self.recipe.right_from) for s in scores]
-        n = self.recipe.continuations
-        labels = [sum(right[1 + k * n : 1 + (k + 1) * n]) / n for k in range(len(begun))]
-        return {"prompt": query.prompt, "steps": steps, "labels": [*labels, right[0]], "continuations_cut": cut}
+    def ends(self, answer: dict[str, Any]) -> list[int]:
+        """The places of the answer's tokens that end a step."""
+        return step_ends(self.player.policy.tokenizer, answer["ids"], self.separator)
 
-    def _continued(self, ids: list[int], begun: Sequence[str], index: int) -> tuple[list[str], int]:
-        """`continuations` answers from each beginning, and how many of them the length limit cut."""
-        policy, rollout = self.player.policy, self.recipe.rollout
-        codec = Layout(policy.tokenizer).codec
-        prompts = [Prompt([*ids, *codec.more(text)], text, index=k) for k, text in enumerate(begun)]
-        longest, context = max(len(p.ids) for p in prompts), context_length(policy.model)
-        if context is not None and longest + rollout.max_new_tokens > context:
-            raise self.queries[index].row.fault(
-                "too long",
-                f"a continuation needs {longest + rollout.max_new_tokens} tokens of a context of {context}",
+    def label_steps(self, answers: Rows, span: range, progress: Progress) -> Rows:
+        """The rows of some of the answers: their steps, and the share of continuations from each that end well; how
+        many of them the length limit cut, which are scored as far as they went."""
+        begun = [prompt for place in span for prompt in self._begun(answers[place], place)]
+        continued: dict[int, list[str]] = {place: [] for place in span}
+        cut = dict.fromkeys(span, 0)
+        texts = {prompt.index: prompt.text for prompt in begun}
+        engine, sampling = self.player.engine(self.recipe.rollout), self.recipe.rollout.sampling()
+        seed = sub_seed(self.seed, "continuations")
+        n = self.recipe.continuations
+        for sample in engine.generate(begun, sampling, n=n, seed=(seed,), progress=progress) if begun else []:
+            place = sample.prompt.index // self.recipe.most_steps
+            continued[place].append(texts[sample.prompt.index] + sample.text)
+            cut[place] += not sample.terminated
+        return [self._row(answers[place], continued[place]) | {"continuations_cut": cut[place]} for place in span]
+
+    def _begun(self, answer: dict[str, Any], place: int) -> list[Prompt]:
+        """The answer up to the end of each step but the last, to be continued: the ids behind its question's, and as
+        text what they add to it."""
+        asked = self.asked[answer["index"]].ids
+        texts = Texts(self.player.policy.tokenizer, self.recipe.rollout.sampling().stop)
+        ids = [answer["ids"][: end + 1] for end in self.ends(answer)[: len(answer["steps"]) - 1]]
+        context, new = context_length(self.player.policy.model), self.recipe.rollout.max_new_tokens
+        longest = len(asked) + max(map(len, ids), default=0)
+        if ids and context is not None and longest + new > context:
+            raise self.queries[answer["index"]].row.fault(
+                "too long", f"a continuation needs {longest + new} tokens of a context of {context}"
             )
-        engine = self.player.engine(rollout)
-        seed = sub_seed(self.seed, "continuations", index)
-        n = self.recipe.continuations
-        samples = engine.generate(prompts, rollout.sampling(), n=n, seed=(seed,))
-        return [begun[s.prompt.index] + s.text for s in samples], sum(not s.terminated for s in samples)
+        first = place * self.recipe.most_steps  # the random stream is the step's, whatever it is sampled with
+        return [Prompt([*asked, *x], texts.response(asked, x), index=first + k) for k, x in enumerate(ids)]
 
-    def _cut(self, text: str) -> list[str]:
-        """The steps of an answer, those without visible text left out."""
-        return [piece for piece in text.split(self.separator) if piece.strip()]
+    def _row(self, answer: dict[str, Any], continued: list[str]) -> dict[str, Any]:
+        """Labels from the texts of an answer's continuations, those of the first step first."""
+        query, n = self.queries[answer["index"]], self.recipe.continuations
+        whole = [answer["text"], *continued]
+        scores = self.scorer([query.prompt] * len(whole), whole, [query.columns] * len(whole))["total"]
+        last, *right = [float(s >= self.recipe.right_from) for s in scores]
+        labels = [sum(right[k : k + n]) / n for k in range(0, len(right), n)]
+        return {"prompt": query.prompt, "steps": answer["steps"], "labels": [*labels, last]}
+
+
+def steps_of(text: str, separator: str) -> list[str]:
+    """The steps of an answer, which joined by the separator are the answer: a piece without visible text stays with
+    the step before it, or with the first. None where no text is visible."""
+    steps: list[list[str]] = []
+    seen = False
+    for piece in text.split(separator):
+        if not steps or (seen and piece.strip()):
+            steps.append([])
+        steps[-1].append(piece)
+        seen = seen or bool(piece.strip())
+    return [separator.join(pieces) for pieces in steps] if seen else []
 
 
 def _warn(ledger: Ledger, recipe: StepLabelsRecipe, answers: float, continuations: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,11 @@ class Judge:
         """Loads a judge that is a model on this machine."""
         if self.config.local is not None:
             self.local = Local(self.config.local)
+
+    def require_columns(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raises SteersmanError where the judge is a reward and needs a column that none of the rows has."""
+        if self.scorer is not None:
+            self.scorer.require_columns(rows)
 
     def compare(
         self, items: Sequence[tuple[Content, str, str]], columns: Sequence[dict[str, Any]] | None = None

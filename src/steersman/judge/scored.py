@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from steersman.data import Layout
 from steersman.data.examples import Content
 from steersman.model import load_tokenizer
-from steersman.reward import RewardConfig, RewardPart, WeightedSum, build_reward
+from steersman.reward import RewardConfig, RewardPart, WeightedSum, build_reward, columns_of
 from steersman.types import Prompt, Sample
 
 CHUNK = 256
@@ -54,6 +55,10 @@ class Scorer:
                 for i, value in zip(piece, values.tolist(), strict=True):
                     out[name][i] = value
         return out
+
+    def require_columns(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Raises SteersmanError where a function needs a column that none of the prompts' rows has."""
+        self.reward.require_columns(columns_of(rows))
 
     def describe(self) -> str:
         return self.reward.describe()

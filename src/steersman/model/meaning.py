@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -59,12 +59,35 @@ def step_ends(tokenizer: Any, ids: Sequence[int], separator: str) -> list[int]:
     """
     ends: list[int] = []
     text = ""
-    for place, token in enumerate(ids):
-        text += tokenizer.decode([token], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    for place, added in enumerate(_additions(tokenizer, ids)):
+        text += added
         if separator in text:
             body, _, text = text.rpartition(separator)
-            if body.strip(separator).strip():
+            if body.replace(separator, "").strip():
                 ends.append(place)
     if text.strip():
         ends.append(len(ids) - 1)
     return ends
+
+
+def _additions(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """What each token adds to the text: "" where a character is not whole yet, which a later token completes.
+
+    Each is decoded behind the tokens before it, since a leading space is dropped at the start of a text.
+    """
+    context: list[int] = []
+    fresh: list[int] = []
+    before = ""
+    for place, token in enumerate(ids, 1):
+        fresh.append(token)
+        text = _decoded(tokenizer, [*context, *fresh])
+        if text == before or (text.endswith("\ufffd") and place < len(ids)):
+            yield ""
+            continue
+        yield text[len(before) :]
+        context, fresh = fresh, []
+        before = _decoded(tokenizer, context)
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

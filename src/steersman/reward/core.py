@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol
@@ -58,7 +58,8 @@ class Reward(Protocol):
 
     `model` is the one that it asks, None where it asks none; `reads_ids` says that it is shown the policy's own ids.
     Every rank calls `score` with the same samples and gets the same scores: a model's rows are shared out, functions
-    run on rank 0.
+    run on rank 0. `require_columns` is asked before anything is sampled: it raises SteersmanError where the reward
+    needs a column of the data's rows that is not among those they `have`.
     """
 
     @property
@@ -68,6 +69,8 @@ class Reward(Protocol):
     def reads_ids(self) -> bool: ...
 
     def score(self, samples: Sequence[Sample]) -> Scores: ...
+
+    def require_columns(self, have: Sequence[str]) -> None: ...
 
     def describe(self) -> str: ...
 
@@ -105,6 +108,10 @@ class WeightedSum:
         said = [scores.feedback for _, scores in scored.values() if scores.feedback is not None]
         feedback = ["\n".join(filter(None, texts)) for texts in zip(*said, strict=True)] if said else None
         return Scores(total, {name: scores.total for name, (_, scores) in scored.items()}, per_token, feedback)
+
+    def require_columns(self, have: Sequence[str]) -> None:
+        for _, reward in self.parts.values():
+            reward.require_columns(have)
 
     def describe(self) -> str:
         return "; ".join(f"{weight:g} x {name} ({r.describe()})" for name, (weight, r) in self.parts.items())
@@ -166,6 +173,9 @@ class CallableReward:
                     f"reward '{self.name}': '{key}' is not a parameter of the function; it has: {known}"
                 )
 
+    def require_columns(self, have: Sequence[str]) -> None:
+        self._filled(have)
+
     def describe(self) -> str:
         return f"function {describe_function(self.function)}"
 
@@ -198,17 +208,23 @@ class CallableReward:
 
     def _columns(self, samples: Sequence[Sample]) -> dict[str, Any]:
         """The keyword lists of this batch: data columns, renamed, and the samples where asked for."""
+        out: dict[str, Any] = {"samples": list(samples)} if "samples" in self.parameters else {}
+        for parameter, column in self._filled(columns_of(s.prompt.row for s in samples)).items():
+            out[parameter] = [s.prompt.row.get(column) for s in samples]
+        return out
+
+    def _filled(self, have: Sequence[str]) -> dict[str, str]:
+        """Parameter -> the column of the data that fills it."""
         reserved = {"prompts", "completions", "samples"}
-        have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
         wanted = {parameter: self.columns.get(parameter, parameter) for parameter in self.parameters}
         if self.takes_all:
             wanted = {c: c for c in have} | wanted | self.columns
-        out: dict[str, Any] = {"samples": list(samples)} if "samples" in self.parameters else {}
+        out: dict[str, str] = {}
         for parameter, column in wanted.items():
             if parameter in reserved or parameter in self.args:
                 continue
             if column in have:
-                out[parameter] = [s.prompt.row.get(column) for s in samples]
+                out[parameter] = column
             elif self.parameters.get(parameter) or parameter in self.columns:
                 raise SteersmanError(
                     f"reward '{self.name}': the function needs the column '{column}', which the data does "
@@ -216,6 +232,11 @@ class CallableReward:
                     f"`columns: {{{parameter}: NAME}}`"
                 )
         return out
+
+
+def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns that any of the rows has, in the order in which they come."""
+    return list(dict.fromkeys(column for row in rows for column in row))
 
 
 def _parameters(function: RewardFunction) -> list[inspect.Parameter]:

@@ -35,5 +35,8 @@ class EpisodeReward:
         total = paid.sum(1)
         return Scores(total, {self.name: total}, paid if self.per == "turn" else None)
 
+    def require_columns(self, have: Sequence[str]) -> None:
+        """It reads what the environment paid, and no column."""
+
     def describe(self) -> str:
         return f"what the environment pays, by {self.per}"

@@ -10,7 +10,7 @@ import torch
 
 from steersman.distributed.ranks import ranks
 from steersman.metrics import Metric
-from steersman.reward.core import Scores
+from steersman.reward.core import Scores, columns_of
 from steersman.types import Sample, SteersmanError
 
 _log = logging.getLogger("steersman.reward")
@@ -48,6 +48,9 @@ class MetricReward:
                 raise SteersmanError(
                     f"reward '{name}': columns: the metric {metric.name} has no '{key}'; it needs {needed}"
                 )
+
+    def require_columns(self, have: Sequence[str]) -> None:
+        _filled(self.metric, self.name, have, self.columns)
 
     def describe(self) -> str:
         return f"metric {self.metric.name}: {self.metric.implementation}"
@@ -87,11 +90,19 @@ def inputs(metric: Metric, name: str, samples: Sequence[Sample], columns: Mappin
 
     Raises SteersmanError when the data have no such column.
     """
-    have = list(dict.fromkeys(column for s in samples for column in s.prompt.row))
-    out = {}
+    filled = _filled(metric, name, columns_of(s.prompt.row for s in samples), columns)
+    return {
+        need: [s.prompt.text if column is None else s.prompt.row.get(column) for s in samples]
+        for need, column in filled.items()
+    }
+
+
+def _filled(metric: Metric, name: str, have: Sequence[str], columns: Mapping[str, str]) -> dict[str, str | None]:
+    """What the metric needs -> the column of the data that fills it, None where the prompt does."""
+    out: dict[str, str | None] = {}
     for need in metric.needs:
         if need == "sources" and need not in columns:
-            out[need] = [s.prompt.text for s in samples]
+            out[need] = None
             continue
         wanted = (columns[need],) if need in columns else _OTHER_NAMES.get(need, (need,))
         column = next((c for c in wanted if c in have), None)
@@ -101,5 +112,5 @@ def inputs(metric: Metric, name: str, samples: Sequence[Sample], columns: Mappin
                 f"have: {', '.join(have) or 'none'}. Point to one: "
                 f"`{name}: {{metric: {metric.name}, columns: {{{need}: NAME}}}}`"
             )
-        out[need] = [s.prompt.row.get(column) for s in samples]
+        out[need] = column
     return out

@@ -92,6 +92,9 @@ class ModelReward:
     def reads_ids(self) -> bool:
         return not self.other_tokenizer
 
+    def require_columns(self, have: Sequence[str]) -> None:
+        """It reads prompts and responses, and no column."""
+
     def describe(self) -> str:
         if self.other_tokenizer:
             how = "with another tokenizer than the policy's: reads decoded text (text bridge)"

@@ -21,6 +21,7 @@ from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n, perplexity
 from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_load
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
+from steersman.reward import columns_of
 from steersman.run.device import device_text
 from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
@@ -52,6 +53,8 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         roles = build_roles(recipe, session.device)
         stack.callback(roles.engine.close)
         train, held_out, mix, in_turns = _prompts(recipe, roles.policy)
+        for prompts in filter(None, (train, held_out)):
+            roles.reward.require_columns(columns_of(prompt.row for prompt in prompts))
         _require_one_batch(recipe, len(train))
         lengths = [len(p.ids) for p in train]
         batches = Batches(

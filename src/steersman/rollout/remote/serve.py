@@ -230,6 +230,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        if self.close_connection:
+            self.send_header("connection", "close")  # or the client would send its next request over it
         self.end_headers()
         self.wfile.write(data)
 
