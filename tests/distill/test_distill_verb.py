@@ -46,6 +46,12 @@ def test_likelihood_alone_is_fine_tuning(settings):
     assert told["loss_after"] < told["loss_before"]
 
 
+def test_a_column_that_the_reward_lacks_is_told_before_anything_is_sampled(settings, tmp_path):
+    with pytest.raises(SteersmanError, match="needs the column 'answer', which the data does not have"):
+        distil(settings, reward={"parts": {"right": {"builtin": "math_answer"}}})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_reward_is_added(settings, tmp_path):
     reward = {"parts": {"a": {"function": f"{rewards_file(tmp_path)}:count_a"}}}
     more = distil(

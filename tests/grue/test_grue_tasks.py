@@ -17,6 +17,7 @@ from steersman.grue.recipe import GrueRecipe
 from steersman.grue.rows import task_rows
 from steersman.grue.run import run
 from steersman.grue.task import TASKS, in_split, json_lines, load_task, text_lines
+from steersman.grue.tasks.table_to_text import page
 from steersman.types import SteersmanError
 
 
@@ -133,6 +134,31 @@ def test_each_task_reads_a_saved_copy_of_the_original(name, tmp_path):
     if name == "dialogue":
         assert len(rows) == 7
         assert max(row["prompt"].count("\n") for row in rows) == 5
+
+
+def test_cells_of_totto_have_all_their_headers_by_their_place():
+    def cell(value, header=False, columns=1, rows=1):
+        return {"value": value, "is_header": header, "column_span": columns, "row_span": rows}
+
+    raw = dict(ORIGINALS["table-to-text"][0])
+    raw["table"] = [
+        [cell("Season", True, rows=2), cell("League", True, columns=2), cell("Goals", True, rows=2)],
+        [cell("Apps", True), cell("Caps", True)],
+        [cell("1999", True, rows=2), cell("30"), cell("2"), cell("12")],
+        [cell("31"), cell("", columns=2)],
+        [cell("Ajax", columns=3), cell("9")],
+    ]
+    raw["highlighted_cells"] = [[2, 1], [2, 3], [3, 0], [4, 0], [4, 1], [1, 1], [2, 0]]
+    (made,) = page(raw)
+    assert made["table"][2:] == [
+        ["1999, League, Apps", "30"],
+        ["1999, Goals", "12"],
+        ["1999, League, Apps", "31"],
+        ["Season, League, Apps, Caps", "Ajax"],
+        ["Goals", "9"],
+        ["League", "Caps"],
+        ["Season", "1999"],
+    ]
 
 
 def test_the_authors_own_files_are_read_where_the_hub_has_a_script(tmp_path):

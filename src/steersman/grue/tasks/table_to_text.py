@@ -1,7 +1,9 @@
 """Table to text: a sentence that says what the marked cells, or triples, say.
 
-Original: ToTTo, arXiv 2004.14373, the highlighted cells with the headers above them. Stand-in: DART's dev file,
-arXiv 2007.02871; a tenth of it by a hash is the validation split.
+Original: ToTTo, arXiv 2004.14373, the highlighted cells with all headers to their left and above, as in its authors'
+baselines. Departures: places count `row_span` too, and the headers of other rows are not a column's.
+
+Stand-in: DART's dev file, arXiv 2007.02871; a tenth of it by a hash is the validation split.
 """
 
 from __future__ import annotations
@@ -16,15 +18,44 @@ from steersman.grue.task import Hub, Row, Task, in_split, text_of
 def page(row: Row) -> Iterable[Row]:
     """The title and section count as facts too: the sentences name what the page is about."""
     table = [["page", row["table_page_title"]], ["section", row["table_section_title"]]]
-    for r, c in row["highlighted_cells"]:
-        header = next(
-            (cells[c]["value"] for cells in row["table"][:r] if c < len(cells) and cells[c]["is_header"]), ""
-        )
-        table.append([header, row["table"][r][c]["value"]])
+    grid = _Grid(row["table"])
+    table += [[", ".join(grid.headers(r, i)), row["table"][r][i]["value"]] for r, i in row["highlighted_cells"]]
     told = row["sentence_annotations"]
     sentences = told["final_sentence"] if isinstance(told, dict) else [t["final_sentence"] for t in told]
     kept = [entry for entry in table if entry[1].strip()]
     yield {"table": kept, "facts": "; ".join(f"{name}: {value}" for name, value in kept), "references": sentences}
+
+
+class _Grid:
+    """A table laid out by its spans, which says what headers a cell has."""
+
+    def __init__(self, table: list[list[Row]]) -> None:
+        self.at: dict[tuple[int, int], Row] = {}
+        self.columns: dict[tuple[int, int], range] = {}
+        self.values: dict[int, int] = {}  # row -> the last column with a value that is no header
+        for r, cells in enumerate(table):
+            column = 0
+            for i, cell in enumerate(cells):
+                while (r, column) in self.at:
+                    column += 1
+                covered = self.columns[r, i] = range(column, column + max(1, cell["column_span"]))
+                for below in range(r, min(len(table), r + max(1, cell["row_span"]))):
+                    self.at |= {(below, c): cell for c in covered}
+                column = covered.stop
+        for (r, c), cell in self.at.items():
+            if not cell["is_header"] and cell["value"].strip():
+                self.values[r] = max(c, self.values.get(r, 0))
+
+    def headers(self, r: int, i: int) -> list[str]:
+        """The headers of row `r` to the left of its cell `i`, and of the cell's columns above it.
+
+        A header with values to its right is its row's, another one its columns'.
+        """
+        columns = self.columns[r, i]
+        over = [(r, c) for c in range(columns.start) if c < self.values.get(r, 0)]
+        over += [(above, c) for above in range(r) for c in columns if c >= self.values.get(above, 0)]
+        cells = {id(cell): cell for place in over if (cell := self.at.get(place)) and cell["is_header"]}
+        return [cell["value"] for cell in cells.values() if cell["value"].strip()]
 
 
 def stand_in(folder: Path, split: str) -> Iterable[Row]:
