@@ -42,6 +42,7 @@ OWN = {
     "a2c": {"critic.init": "shared"},
     "rloo": {"model.lora": {"r": 2}, "optimizer.lr": 0.05},
     "gdpo": {"reward.normalise": False},
+    "a2po": {"reward.normalise": False},
     "trpo": {"rollout.top_p": 1.0, "algorithm.cg_steps": 3},
 }
 

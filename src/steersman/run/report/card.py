@@ -67,7 +67,8 @@ def _published(settings: str, config: Any) -> str:
     no names or passwords of addresses."""
     for text in sorted({text for _, text in texts_of(config)}, key=len, reverse=True):
         if _public(text) != text:
-            whole = rf"(?<![^\s'\"\[{{,]){re.escape(text)}(?![^\s'\"\]}},])"
+            in_lines = re.escape(text).replace(r"\ ", r"\s+")  # long texts are written over several
+            whole = rf"(?<![^\s'\"\[{{,]){in_lines}(?![^\s'\"\]}},])"
             settings = re.sub(whole, lambda _, text=text: _public(text), settings)
     return without_secrets(settings)
 
