@@ -192,8 +192,7 @@ have at most {SHORT} words, and micro-batches of {DEFAULT:,} tokens, the default
 
 The ratios lie between {min(ratios):.2f} and {max(ratios):.2f}.
 The aim is within 0.15 of 1; {near} of {len(ratios)} are that near.
-Pairs are announced too high because both answers are counted with a prompt of their own. PPO with a shared base is
-announced too low: its heap had more gaps than were announced, and why is not known yet.
+Pairs are announced too high because both answers are counted with a prompt of their own.
 The last column is what lay free between the blocks of the C library's heap when most of it was in use (`mallinfo2`);
 it differs by some 150 MiB between two runs of one recipe.
 
@@ -202,8 +201,9 @@ are kept. glibc aligns a block by asking for more than it hands out, so a freed 
 of the same size. Where malloc maps every block by itself (M_MMAP_THRESHOLD at 128 KiB) there are no gaps, and a run
 takes what its tensors have, within 2%; but new pages cost time. steersman leaves malloc as it is, adds adapters in
 place, those of 4-bit bases too, and asks malloc now and then to give back what lies free (`malloc_trim`, after
-every 128 MiB that a pass frees). Of what a forward pass makes and frees, one half is announced as gaps for models
-that compute in float32: a rule of thumb.
+every 128 MiB that a pass frees, before and after a long call of sampling, and after preflight itself). Of what a
+forward pass makes and frees, one half is announced as gaps for models that compute in float32: a rule of thumb. At
+least what a backward pass has freed and not yet given back is.
 
 Another allocator leaves fewer gaps: jemalloc (`LD_PRELOAD=/usr/lib/x86_64-linux-gnu/libjemalloc.so.2`, Debian's
 `libjemalloc2`).
