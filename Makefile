@@ -27,6 +27,7 @@ check: $(READY)
 
 # Needs an environment with vLLM (benchmarks/README.md); STEERSMAN_VLLM_PYTHON names its Python.
 test-vllm: $(READY)
+	test -x "$${STEERSMAN_VLLM_PYTHON:-../env/vllm/bin/python}" || { echo "needs vLLM: name its Python in STEERSMAN_VLLM_PYTHON" >&2; exit 1; }
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m vllm tests/rollout/remote
 
 # With the oldest and the newest transformers of pyproject's range, each in a folder of its own; minutes each.

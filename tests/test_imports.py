@@ -31,7 +31,7 @@ MAY = {
     "loss": MATHS,
     "advantage": MATHS,
     "algorithms": MATHS | {"guards", "config", "advantage", "loss"},
-    "update": MATHS | {"config", "distributed", "advantage", "loss", "algorithms"},
+    "update": MATHS | {"guards", "config", "distributed", "advantage", "loss", "algorithms"},
     "tabular": MATHS | {"distributed", "loss"},  # preference losses are followed to their fixed points there
     "verify": GROUND | {"advantage", "loss", "algorithms", "tabular", "update"},
     "control": GROUND | {"advantage", "loss", "algorithms", "tabular", "update", "train"},

@@ -29,7 +29,7 @@ SIZES = {
     64: ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "d_ff", "ff_dim", "dim_ff",
          "ffn_hidden_size", "shared_expert_intermediate_size", "shared_intermediate_size", "mlp_hidden_size"),
     16: ("moe_intermediate_size", "expert_ffn_hidden_size", "d_kv", "q_lora_rank", "kv_lora_rank", "v_head_dim",
-         "mamba_d_state", "state_size", "ssm_state_size"),
+         "mamba_d_state", "state_size", "ssm_state_size", "mamba_chunk_size", "chunk_size"),
     2: ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
         "num_decoder_layers", "num_key_value_heads", "num_kv_heads", "num_experts_per_tok", "moe_topk", "depth"),
     4: ("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads", "decoder_attention_heads",

@@ -12,7 +12,7 @@ Conventions that hold everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
@@ -250,6 +250,25 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> Trajectory:
         return _sent(self, device)
+
+
+def missing(value: Any) -> str:
+    """What is wrong with a row's value where one is needed, as a clause; "" where nothing is."""
+    return "it is missing" if value is None else ""
+
+
+@dataclass(slots=True, frozen=True)
+class Need:
+    """A column of the data of which every row must have a value: `who` needs it, and `wrong` says what is wrong with
+    a value, "" where nothing is."""
+
+    column: str
+    who: str
+    wrong: Callable[[Any], str] = missing
+
+
+Needs = Callable[[Sequence[Mapping[str, Any]]], list[Need]]
+"""What something needs of rows; it raises SteersmanError where none of them has a column that it needs."""
 
 
 Stats = dict[str, float]

@@ -46,6 +46,8 @@ CASES = [
     ("sft", "gradient_clipping", "optimizer.max_grad_norm"),
     ("dpo", "label_smoothing", "loss.settings.label_smoothing"),
     ("dpo", "rpo_alpha", "loss.nll"),
+    ("dpo", "sync_ref_model", "moving_reference"),
+    ("kto", "ref_model_sync_steps", "moving_reference.every"),
     ("ppo", "cliprange_value", "critic.value_clip"),
     ("ppo", "whiten_rewards", "reward.whiten"),
     ("grpo", "num_epochs", "iterations"),

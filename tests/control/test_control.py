@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from steersman import api
 from steersman.algorithms import ALGORITHMS, Coefficients
 from steersman.cli import main
 from steersman.config.dump import dump_recipe
@@ -412,6 +413,34 @@ def test_every_algorithm_is_taken_or_refused_with_its_reason(name):
 def test_recipes_that_make_no_sense_are_refused(words, said):
     with pytest.raises(SteersmanError, match=said):
         recipe(*words)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_method_is_read_as_every_other_setting_is(name):
+    """From the Python interface, quoted, in either form of the command line; of two the last one counts."""
+    words = (
+        [f"--algorithm={json.dumps(name)}"],
+        ["--algorithm", f"'{name}'"],
+        ["--algorithm=a2c", f"--algorithm={name}"],
+    )
+    for made in (api.load_recipe("control", None, {"algorithm": name}), *(recipe(*some) for some in words)):
+        assert made.algorithm == name
+        assert type(made) is RECIPES[name]
+    with pytest.raises(SteersmanError, match="there is no method 'pppo'"):
+        api.load_recipe("control", None, {"algorithm": "pppo"})
+
+
+@pytest.mark.parametrize(("starts", "idle"), [(1, 0), (64, 0), (65, 1), (640, 9)])
+def test_the_schedule_of_dqn_spans_the_updates_that_are_made(starts, idle):
+    """Iterations that only fill the buffer make none: the last update is one step of the schedule above its end."""
+    words = ["--optimizer.schedule", "linear", "--iterations", "10", "--settings.learning_starts", str(starts)]
+    run = fresh(small("dqn", *words))  # 64 steps and 4 updates an iteration
+    rates = [seen["lr/q"] for seen in (run.iteration() for _ in range(10)) if "lr/q" in seen]
+    updates = 4 * (10 - idle)
+    assert len(rates) == 10 - idle
+    assert run.optimizer.updates == run.optimizer.total == updates
+    assert run.optimizer.rate() == 0
+    assert rates[-1] == pytest.approx(run.recipe.optimizer.lr * 2.5 / updates)  # the mean of 4, 3, 2 and 1 to go
 
 
 def test_dqn_refuses_continuous_actions_by_name():

@@ -13,7 +13,6 @@ from letter_models import save_chat_mini, save_mini, write_jsonl
 from train_kit import merge, rows, weights
 
 from steersman.distill import run as verb
-from steersman.distill.average import MovingAverage
 from steersman.distill.objective import Distillation
 from steersman.distill.recipe import DistillLoss, DistillRecipe
 from steersman.distill.rows import load, reader
@@ -21,6 +20,7 @@ from steersman.distill.teacher import Answer, AveragedTeacher
 from steersman.model import frozen_copy, load_policy
 from steersman.recipe.sections import ModelConfig
 from steersman.setup.models import lora_of
+from steersman.train.moving import MovingAverage
 from steersman.train.tally import Tally
 from steersman.types import SteersmanError
 

@@ -71,7 +71,7 @@ def agent(base, tmp_path):
 def played(values, name="rloo", **extra):
     made = recipe(name, values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return roles, roles.generate(train[:2], seed=(0, 0), n=2)
 
 

@@ -10,6 +10,7 @@ import json
 import time
 import typing
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ from steersman.verbs.rl import _prompts
 def episodes(base, what, **extra):
     made = recipe("rloo", merge(base, {"environment.args": {"what": what}}), **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return roles.generate(train[:2], seed=0, n=2)
 
 
@@ -62,8 +63,19 @@ def test_a_fault_may_truncate_or_stop_the_run(bad):
     for s in episodes(bad, "raise", environment__on_fault="truncate"):
         assert not s.terminated
         assert [t.reward for t in s.turns] == [0.5, 0.0]
-    with pytest.raises(SteersmanError, match="turn 2: RuntimeError: broken"):
+    with pytest.raises(SteersmanError, match=r"turn 2: RuntimeError: broken .*\.py, line \d+\)"):
         episodes(bad, "raise", environment__on_fault="stop")
+
+
+def test_a_fault_keeps_its_traceback_in_the_run_folder(bad, tmp_path):
+    made = recipe("rloo", merge(bad, {"environment.args": {"what": "raise"}}), iterations=1)
+    with pytest.raises(
+        SteersmanError, match="ended by a fault, the first with 'fault at turn 2: RuntimeError: broken"
+    ):
+        rl.run(made)
+    text = (Path(made.run.dir) / "tracebacks.txt").read_text()
+    assert text.count("RuntimeError: broken") == 1
+    assert "in step" in text
 
 
 def test_an_environment_in_a_thread_that_ends_the_process_is_named(bad):

@@ -67,7 +67,7 @@ def played(values, what=None, **extra):
         values = merge(values, {"environment.args": {"what": what}})
     made = recipe("rloo", values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return roles, lambda: roles.generate(train[:2], seed=0, n=2)
 
 
@@ -116,7 +116,7 @@ def test_a_run_that_stops_closes_what_is_beginning_and_begins_no_more(holds):
 def test_an_error_of_time_in_a_step_is_told_as_it_is_and_the_episode_is_closed(holds):
     roles, play = played(holds, "time")
     for s in play():
-        assert s.outcome == "fault at turn 1: TimeoutError: no answer of the service"
+        assert s.outcome.startswith("fault at turn 1: TimeoutError: no answer of the service (")
     world = module(roles)
     assert sorted(map(id, world["CLOSED"])) == sorted(map(id, world["OPENED"]))
 

@@ -27,7 +27,7 @@ def played(base, name="rloo", **extra):
     """The parts of a run, and the episodes of its first iteration."""
     made = recipe(name, base, **extra)
     roles = build_roles(made, CPU)
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     samples = roles.generate(train[:4], seed=(0, 0), n=2)
     return made, roles, train, samples
 

@@ -47,7 +47,7 @@ def waits(base, tmp_path):
 def episodes(values, n=6, **extra):
     made = recipe("rloo", values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return roles.generate(train[:4], seed=(3,), n=n)
 
 

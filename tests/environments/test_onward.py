@@ -113,7 +113,7 @@ def cuts(base, tmp_path):
 def played(values, name="ppo"):
     made = recipe(name, values)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return made, roles, train, roles.generate(train[:3], seed=(0, 0), n=2)
 
 

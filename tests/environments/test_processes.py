@@ -41,6 +41,8 @@ class Bad:
             re.match(r"(a+)+$", "a" * 40 + "b")  # holds the interpreter for years
         if self.what == "exit":
             sys.exit(4)
+        if self.what == "raise":
+            raise KeyError("price")
         return f"pid {os.getpid()}", 1.0, self.left == 0
 """
 
@@ -95,6 +97,16 @@ def test_a_tool_that_breaks_its_process_ends_its_episode_alone(environment, what
     again = environment.open()
     again.begin(ASK, {}, 0)
     assert again.step(Reply("a", "a")).reward == 1.0
+
+
+def test_what_is_raised_there_is_told_with_its_line_and_its_traceback(environment, tool):
+    episode = environment.open()
+    episode.begin(ASK, {"what": "raise"}, 0)
+    with pytest.raises(FaultError, match=rf"KeyError: 'price' \({tool}, line \d+\)") as fault:
+        episode.step(Reply("a", "a"))
+    (note,) = fault.value.__notes__
+    assert f'File "{tool}"' in note
+    episode.close()
 
 
 def test_what_a_recipe_can_not_mean_is_refused(tool):

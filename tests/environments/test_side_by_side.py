@@ -64,7 +64,7 @@ def slow(base, tmp_path):
 def generate(values, n=8, **extra):
     made = recipe("rloo", values, **extra)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return roles.generate(train[:4], seed=0, n=n)
 
 

@@ -138,7 +138,7 @@ def test_ids_stay_and_text_is_what_they_spell(listening, style, changes, says):
     spelt = style[2]
     made = recipe("rloo", merge(listening, {"environment.args": {"says": says}, **changes}))
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     samples = roles.generate(train[:4], seed=(0, 0), n=4)
     replies = [t for s in samples for t in s.turns]
     cut = [t for t in replies if t.reply.endswith("�")]
@@ -177,7 +177,7 @@ def test_a_cut_character_is_replayed_and_goes_on_in_an_agents_conversation(liste
 def played(values):
     made = recipe("rloo", values)
     roles = build_roles(made, torch.device("cpu"))
-    train = _prompts(made, roles.policy)[0]
+    train = _prompts(made, roles).train
     return roles.generate(train[:2], seed=(0, 0), n=2)
 
 

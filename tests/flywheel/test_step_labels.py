@@ -56,7 +56,7 @@ def test_rows_hold_shares_of_right_continuations_and_are_loaded(tmp_path, mini_m
     assert len(loaded.train) == len(rows)
 
 
-def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model, monkeypatch):
+def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model, monkeypatch, capsys):
     whole = run(recipe(tmp_path, mini_model))
     made, label = [], Maker.label_steps
 
@@ -72,6 +72,7 @@ def test_a_resumed_run_labels_nothing_twice_and_ends_alike(tmp_path, mini_model,
         patch.setattr("steersman.flywheel.steps.piece_size", lambda rollout, n: 3)
         with pytest.raises(KeyboardInterrupt):
             run(again)
+    assert "what was made before it is kept, and --resume goes on" in " ".join(capsys.readouterr().out.split())
     cut = run(again, resume=True)
     assert rows_of(tmp_path / "cut/steps.jsonl") == rows_of(tmp_path / "run/steps.jsonl")
     assert cut["label/mean"] == whole["label/mean"]

@@ -45,7 +45,10 @@ def test_each_task_reads_its_stand_in(name, shared):
 
 
 ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "imdb": ({"text": "word " * 60, "label": 1}, {"references": [" ".join(["word"] * 12)]}),
+    "imdb": (
+        {"text": "a<br />" + "b " * 59 + "c " * 60 + "4", "label": 0},  # a hash in the smallest fifth
+        {"prompt": " ".join(["b"] * 48), "references": [" ".join(["c"] * 36)], "label": 0},
+    ),
     "commongen": (
         {"concept_set_idx": 0, "concepts": ["ski", "mountain"], "target": "Skier skis down the mountain"},
         {"prompt": "Words: ski, mountain. Sentence:", "references": ["Skier skis down the mountain"]},
@@ -84,6 +87,14 @@ ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "prompt": "Facts: page: A. Smith; section: Career; Club: York. Sentence:",
             "table": [["page", "A. Smith"], ["section", "Career"], ["Club", "York"]],
+            "precision_table": [
+                ["header", "Year"],
+                ["header", "Club"],
+                ["cell", "2001"],
+                ["cell", "York"],
+                ["page", "A. Smith"],
+                ["section", "Career"],
+            ],
             "references": ["Smith played for York."],
         },
     ),
@@ -110,8 +121,13 @@ ORIGINALS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"prompt": "Translate English to German: Good day\nGerman:", "references": ["Guten Tag"]},
     ),
     "dialogue": (
-        {"dialog": [f"turn {i} " for i in range(8)], "act": [1] * 8, "emotion": [0] * 8},
-        {"prompt": "A: turn 0\nB:", "references": ["turn 1"]},
+        {"dialog": [f"turn {i} " for i in range(8)], "act": [1, 1, 1, 1, 1, 3, 2, 4], "emotion": [0] * 8},
+        {
+            "prompt": "A: turn 0\nB: turn 1\nA: turn 2\nB: turn 3\nA: turn 4\nB:",
+            "references": ["turn 5"],
+            "last": "turn 4",
+            "intent": 2,
+        },
     ),
 }
 
@@ -122,18 +138,43 @@ def test_each_task_reads_a_saved_copy_of_the_original(name, tmp_path):
     task = load_task(name)
     assert task.original is not None
     (tmp_path / name).mkdir()
-    changed = json.loads(json.dumps(raw).replace("word word", "other word", 1).replace("rain", "snow"))
+    changed = json.loads(json.dumps(raw).replace("rain", "snow"))
     for split, row in (("train", {**changed, **_other(name)}), ("validation", raw)):
-        path = tmp_path / name / f"{task.original.splits[split]}.jsonl"
-        path.write_text(json.dumps(row) + "\n")
+        with (tmp_path / name / f"{task.original.splits[split]}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
     recipe = GrueRecipe.model_validate(
         {"model": {"path": "none"}, "tasks": [name], "data": {"source": "hub", "folder": str(tmp_path)}}
     )
     rows = task_rows(task, recipe).held_out
     assert any(expected.items() <= row.items() for row in rows), rows
-    if name == "dialogue":
-        assert len(rows) == 7
-        assert max(row["prompt"].count("\n") for row in rows) == 5
+    if name == "dialogue":  # three of the eight turns have five before them
+        assert [(row["prompt"].count("\n"), row["intent"]) for row in sorted(rows, key=lambda r: r["last"])] == [
+            (5, 2), (5, 1), (5, 3),
+        ]  # fmt: skip
+    if name == "imdb":
+        assert len(rows) == 1
+
+
+def test_the_original_of_totto_is_rewarded_and_judged_by_its_own_program(tmp_path):
+    folder = tmp_path / "table-to-text"
+    folder.mkdir()
+    raw = ORIGINALS["table-to-text"][0]
+    for split, title in (("train", "B. Jones"), ("validation", "A. Smith")):
+        (folder / f"{split}.jsonl").write_text(json.dumps({**raw, "table_page_title": title}) + "\n")
+    values = {
+        "model": {"path": str(story_model())}, "tasks": ["table-to-text"], "methods": ["zero-shot", "supervised"],
+        "seeds": [0], "data": {"source": "hub", "folder": str(tmp_path)},
+        "run": {"dir": str(tmp_path / "matrix"), "threads": 1},
+    }  # fmt: skip
+    [task], rows, every = check_matrix(GrueRecipe.model_validate(values))
+    assert every[0].judged["reward"]["parent"]["args"] == {"program": "totto"}
+    made, spec = metrics_of(task)["parent"]
+    held, text = rows["table-to-text"].held_out, ["In 2001 Smith played for York."]
+    one_table, _ = metrics_of(load_task("table-to-text"))["parent"]
+    assert corpus_value(made, spec, text, held).value > corpus_value(one_table, {}, text, held).value + 0.05
+    stand_in = load_task("table-to-text")
+    assert stand_in.metrics["parent"] == {"metric": "parent"}  # DART has no second table
+    assert stand_in.of_original().metrics.keys() == stand_in.metrics.keys()
 
 
 def test_cells_of_totto_have_all_their_headers_by_their_place():
@@ -162,7 +203,8 @@ def test_cells_of_totto_have_all_their_headers_by_their_place():
 
 
 def test_the_authors_own_files_are_read_where_the_hub_has_a_script(tmp_path):
-    page, said = dict(ORIGINALS["table-to-text"][0]), "Hi . __eou__ Hello , you ! __eou__ Bye . __eou__"
+    page = dict(ORIGINALS["table-to-text"][0])
+    said = "a __eou__ b __eou__ c __eou__ d __eou__ Hi . __eou__ Bye __eou__"
     first = {**page, "table_page_title": "B. Jones"}
     told = page["sentence_annotations"]
     for row in (page, first):  # as in the authors' file
@@ -173,7 +215,7 @@ def test_the_authors_own_files_are_read_where_the_hub_has_a_script(tmp_path):
     (folder / "validation.jsonl").write_text(json.dumps(page) + "\n")
     folder = tmp_path / "dialogue"
     folder.mkdir()
-    (folder / "train.txt").write_text("What ? __eou__ No . __eou__\nWhy ? __eou__ So . __eou__\n")
+    (folder / "train.txt").write_text(said.replace("a _", "What ? _") + "\n" + said.replace("a _", "Why ? _") + "\n")
     (folder / "validation.txt").write_text(said + "\n")
     data = {"source": "hub", "folder": str(tmp_path)}
     recipe = GrueRecipe.model_validate(
@@ -182,23 +224,27 @@ def test_the_authors_own_files_are_read_where_the_hub_has_a_script(tmp_path):
     rows = task_rows(load_task("table-to-text"), recipe)
     assert rows.held_out[0]["references"] == ["Smith played for York."]
     rows = task_rows(load_task("dialogue"), recipe)
-    assert {row["prompt"] for row in rows.train} == {"A: What ?\nB:", "A: Why ?\nB:"}
-    assert [(row["prompt"], row["references"]) for row in sorted(rows.held_out, key=lambda r: len(r["prompt"]))] == [
-        ("A: Hi .\nB:", ["Hello , you !"]),
-        ("A: Hi .\nB: Hello , you !\nA:", ["Bye ."]),
+    rest = "\nB: b\nA: c\nB: d\nA: Hi .\nB:"
+    assert {row["prompt"] for row in rows.train} == {f"A: What ?{rest}", f"A: Why ?{rest}"}
+    assert [(row["prompt"], row["references"], row["last"]) for row in rows.held_out] == [
+        (f"A: a{rest}", ["Bye"], "Hi ."),
     ]
+    (folder / "validation.txt").unlink()
+    (folder / "validation.jsonl").write_text(json.dumps({"dialog": ["a", "b"], "act": [1]}) + "\n")
+    with pytest.raises(SteersmanError, match=r"validation\.jsonl.*2 turns and 1 acts: 'a b'"):
+        task_rows(load_task("dialogue"), recipe)
 
 
 def _other(name: str) -> dict[str, Any]:
     """Makes the training row another prompt than the validation row's."""
     return {
-        "imdb": {"text": "other " * 60},
+        "imdb": {"text": "other " * 60 + "1", "label": 1},
         "commongen": {"concepts": ["ball"]},
         "summarisation": {"article": "Sun."},
         "table-to-text": {"table_page_title": "B. Jones"},
         "narrative-qa": {"question": {"text": "Why?"}},
         "translation": {"translation": {"en": "Bye", "de": "Tschau"}},
-        "dialogue": {"dialog": ["hm", "ha"]},
+        "dialogue": {"dialog": ["hm"] * 6, "act": [1] * 6},
     }[name]
 
 

@@ -46,11 +46,24 @@ def test_every_reply_is_read_soon(reply):
     [
         ("answer" + " " * 1000 + "A", 1.0), (" " * 1000 + "x", None), ("Verdict :\n\n ** B **.", 0.0),
         ("[[" + " " * 5000 + "A" + " " * 5000 + "]]", 1.0), ("[[A]] or [[not a verdict at all]]", 1.0),
-        ("[[ tie ]]", 0.5), ("[[A]] no, [[B]]", 0.0), ("A" * 1000, None),
+        ("[[ tie ]]", 0.5), ("[[A]]\nno, [[B]]", 0.0), ("A" * 1000, None), ("[[A]] is better than [[B]]", None),
+        ("[[A]] or [[B]]?\nA. [[a]] and [[A]]", 1.0), ("[[**A**]]", 1.0), ("[[ __B__ ]]", 0.0), ("**[[A]]**", 1.0),
+        ("## Verdict\n\n**A**", 1.0), ("**Verdict:** B", 0.0), ("a_b", None), ("[[**]]", None),
     ],
 )  # fmt: skip
 def test_verdicts_among_spaces(reply, share):
     assert verdict(reply) == share
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ("[[4/10]]", None), ("[[4/5]]", 4.0), ("[[4 / 5]]", 4.0), ("[[4/]]", 4.0), ("[[4/nan]]", None),
+        ("[[**4**]]", 4.0), ("[[4]] of [[5]]", None), ("Grade: **4**", 4.0), ("[[4/5/5]]", None), ("[[6]]", None),
+    ],
+)  # fmt: skip
+def test_grades_and_their_scale(reply, found):
+    assert grade(reply, 1, 5) == found
 
 
 ITEM = [("Say hi.", "hello there friend", "hi")]

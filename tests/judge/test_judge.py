@@ -168,7 +168,8 @@ def test_passing_trouble_is_waited_out(tmp_path, trouble):
 def test_a_slow_judge_times_out_and_is_named(tmp_path):
     with serving(slow(0.4, longer_wins)) as server:
         judge = Judge(config(server, tries=1, endpoint={"timeout": 0.05}), tmp_path / "judge.jsonl")
-        with pytest.raises(SteersmanError, match=r"no reply within 0.05 seconds, after 2 tries\. 0 of 4 questions"):
+        told = r"no reply within 0.05 seconds, after 2 tries \(question on the prompt 'Say .*'\)\. 0 of 4 questions"
+        with pytest.raises(SteersmanError, match=told):
             judge.compare(ITEMS)
 
 
@@ -263,7 +264,7 @@ def rank(prompts, completions, samples):
 
 
 def test_verdicts():
-    assert [verdict(t) for t in ["[[A]]", "First [[A]], no: [[B]]", "[[C]]", "[[tie]]", "B", "Verdict: a."]] == [
+    assert [verdict(t) for t in ["[[A]]", "First [[A]],\nno: [[B]]", "[[C]]", "[[tie]]", "B", "Verdict: a."]] == [
         1.0, 0.0, 0.5, 0.5, 0.0, 1.0,
     ]  # fmt: skip
     assert [verdict(t) for t in ["", "A is better than B", "[[D]]", "[[7]]", "Both"]] == [None] * 5

@@ -37,8 +37,8 @@ def test_every_pair_is_asked_in_both_orders_and_ties_are_not(tmp_path):
 
 
 def test_the_reward_is_the_verdicts_agreement():
-    told = ["I weigh. [[A]]", "[[B]]", "A", "[[C]]", "no idea", "[[A]] but then [[B]]"]
-    assert agreement([""] * 6, told, winner=["A", "A", "A", "B", "A", "B"]) == [1, 0, 1, 0, -0.5, 1]
+    told = ["I weigh. [[A]]", "[[B]]", "A", "[[C]]", "no idea", "[[A]]\nbut then [[B]]", "[[A]] or [[B]]"]
+    assert agreement([""] * 7, told, winner=["A", "A", "A", "B", "A", "B", "B"]) == [1, 0, 1, 0, -0.5, 1, -0.5]
     assert agreement([""], ["hm"], winner=["A"], unreadable=-2) == [-2]
     with pytest.raises(SteersmanError, match="winner is 'C' in row 0"):
         agreement([""], ["A"], winner=["C"])

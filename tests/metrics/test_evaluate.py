@@ -163,16 +163,16 @@ def test_a_missing_reference_is_named():
 
 
 @pytest.mark.parametrize(
-    ("rows", "said", "counted"),
+    ("metrics", "rows", "said", "counted"),
     [
-        ([{"completion": "a"}], "the data have no column 'references'", False),
-        ([{"completion": "a", "references": ["a"]}, {"completion": "b", "references": []}], "row 1: the ref", True),
+        ("[rougeL]", [{"completion": "a"}], "the data have no column 'references'", False),
+        ("[concept_coverage]", [{"completion": "a", "concepts": []}], "row 0: the concepts are empty", True),
     ],
 )
-def test_how_rows_are_counted_is_said_where_one_is_named(rows, said, counted, tmp_path, capsys):
+def test_how_rows_are_counted_is_said_where_one_is_named(metrics, rows, said, counted, tmp_path, capsys):
     file = tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["evaluate", "--file", str(file), "--metrics", "[rougeL]"]) == 2
+    assert main(["evaluate", "--file", str(file), "--metrics", metrics]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert said in told
     assert ("(rows count from 0)" in told) == counted

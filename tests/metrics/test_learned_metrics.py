@@ -78,6 +78,65 @@ def test_classifier_reads_pairs(classifier):
     )
 
 
+def test_classifier_takes_each_row_s_label_from_a_column(classifier):
+    logits, labels = one_by_one(classifier, TEXTS), ["good", 0, "1", 2, "bad"]
+    numbers = torch.tensor([2, 0, 1, 2, 0])
+    made = metric("classifier", {"path": classifier, "label_column": "mood", "batch_size": 2})
+    assert made.needs == ("mood",)
+    expected = logits.softmax(-1)[range(5), numbers]
+    assert made.score(TEXTS, mood=labels) == pytest.approx(expected.tolist(), abs=1e-6)
+    accuracy = metric("classifier", {"path": classifier, "label_column": "mood", "output": "accuracy"})
+    likeliest = [int(i) for i in logits.argmax(-1)]
+    assert accuracy.score(TEXTS, mood=likeliest) == [1.0] * 5
+    assert accuracy.score(TEXTS, mood=[(i + 1) % 3 for i in likeliest]) == [0.0] * 5
+    pairs = metric("classifier", {"path": classifier, "label_column": "mood", "beside": "reference"})
+    beside = one_by_one(classifier, ["he", "he ran"], [TEXTS[0]] * 2).softmax(-1)
+    found = pairs.score(TEXTS[:2], [["he", "he ran"], "he"], mood=[1, 0])
+    assert found[0] == pytest.approx(float(beside[:, 1].max()), abs=1e-6)
+
+
+def test_classifier_reads_source_and_text_as_one(classifier):
+    joined = metric("classifier", {"path": classifier, "label": "good", "output": "logit", "beside": "joined"})
+    sources, texts = ["once upon", "once upon ", "he ran", "the dog"], ["a time", "a time", ".", " was"]
+    whole = ["once upon a time", "once upon a time", "he ran.", "the dog was"]
+    expected = one_by_one(classifier, whole)[:, 2]
+    assert joined.score(texts, None, sources) == pytest.approx(expected.tolist(), abs=1e-5)
+    settings = {"path": classifier, "label": "good", "output": "logit", "beside": "joined", "truncate": True}
+    end = ["time "] * 60 + ["once", "cat"]  # 64 positions, two of them for [CLS] and [SEP]
+    [cut] = metric("classifier", settings).score(["once cat"], None, ["dog " * 30 + "time " * 60])
+    assert cut == pytest.approx(float(one_by_one(classifier, [" ".join(end)])[0, 2]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("label", "match"),
+    [
+        ("great", r"row 1, mood: .* has no label 'great'; its labels are 0: bad, 1: fair, 2: good"),
+        (3, "row 1, mood: .* has no label 3; its labels"),
+        (True, "row 1, mood: .* has no label True"),
+        ([0], r"row 1, mood: .* has no label \[0\]"),
+        (None, "row 1, mood: it is missing"),
+    ],
+)
+def test_a_label_that_the_classifier_has_not_is_named(classifier, label, match):
+    made = metric("classifier", {"path": classifier, "label_column": "mood"})
+    with pytest.raises(SteersmanError, match=match):
+        made.score(["a", "he"], mood=[0, label])
+    assert made.wrong_with("mood", label)
+    assert not made.wrong_with("mood", "fair")
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"label": 1, "label_column": "mood"}, "label and label_column are both given"),
+        ({"label_column": "sources"}, "which holds texts"),
+    ],
+)
+def test_labels_that_contradict_are_refused(settings, match):
+    with pytest.raises(SteersmanError, match=match):
+        metric("classifier", {"path": "none", **settings})
+
+
 @pytest.mark.parametrize(
     ("settings", "match"),
     [

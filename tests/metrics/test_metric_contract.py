@@ -322,7 +322,7 @@ def test_what_goes_wrong_inside_a_metric_names_it_and_its_line():
 
     with pytest.raises(SteersmanError, match=r"metric 'own', row 1: the score is None, not a finite number"):
         Own().score(["a", "none"])
-    told = r"metric 'own': ZeroDivisionError: division by zero \(test_metric_contract\.py, line \d+\)"
+    told = r"metric 'own': it raised ZeroDivisionError: division by zero \(.*test_metric_contract\.py, line \d+\)"
     with pytest.raises(SteersmanError, match=told):
         Own().score(["a", ""])
     with pytest.raises(SteersmanError, match=told):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import weakref
+from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +20,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from steersman.model import LoraConfig, Policy, load_policy, load_scalar, save, weight_files
+from steersman.model import LoraConfig, Policy, adapted, load_policy, load_scalar, save, weight_files
 from steersman.model.fast.plain import plain_layers
 from steersman.types import SteersmanError
 
@@ -176,6 +178,7 @@ def test_an_adapter_on_the_embedding_alone_unties_it_from_the_output_layer(model
         for name, weight in policy.model.named_parameters():
             if "lora_embedding" in name:
                 weight.normal_(0, 0.3)
+    assert any("the merged model has two" in note for note in policy.notes) == tied
     expected = policy.logp(tokens).logp
     before = policy.model.get_output_embeddings().weight.clone()
     folder = save(policy, None, tmp_path / "merged")
@@ -189,24 +192,86 @@ def test_an_adapter_on_the_embedding_alone_unties_it_from_the_output_layer(model
     torch.testing.assert_close(said.float(), expected[0, : tokens.response_length[0]], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("whole", [("embed_tokens",), ("lm_head",), ("embed_tokens", "lm_head")])
-def test_a_table_trained_whole_unties_embedding_and_output_layer(whole, model_folder, tmp_path, tokens):
+@pytest.mark.parametrize(
+    ("family", "whole"),
+    [
+        ("llama", ("embed_tokens",)), ("llama", ("lm_head",)), ("llama", ("embed_tokens", "lm_head", "norm")),
+        ("gpt2", ("wte",)), ("gpt2", ("lm_head",)),
+    ],
+)  # fmt: skip
+def test_a_shared_table_trained_whole_stays_one_matrix(family, whole, model_folder, tmp_path, tokens):
+    """It is trained, counted, saved, merged and loaded as one, here and by peft; adapters off, it is the start's."""
+    config = tiny_config(family, 97)
+    config.tie_word_embeddings = True
+    torch.manual_seed(0)
+    folder, lora = (
+        model_folder(family, model=AutoModelForCausalLM.from_config(config)),
+        LoraConfig(r=4, train_whole=whole),
+    )
+    policy, start = load_policy(folder, lora=lora), load_policy(folder)
+    ends = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
+    assert ends[0].weight is ends[1].weight
+    assert any("are one matrix, which is trained and saved as one" in note for note in policy.notes)
+    learned = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    assert adapted(str(folder), lora).trained == learned
+    nudge(policy)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected, logits = policy.logp(tokens).logp, policy.model(ids).logits
+        with policy.reference() as reference:
+            torch.testing.assert_close(reference.logp(tokens).logp, start.logp(tokens).logp, rtol=0, atol=0)
+    saved = save(policy, None, tmp_path / "merged")
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in load_file(saved / "model.safetensors")
+    adapters = save(policy, None, tmp_path / "adapters", merged=False)
+    assert adapted(str(adapters), LoraConfig()).trained == learned
+    going_on = load_policy(adapters, lora=lora)
+    assert not any("go on as they are" in note for note in going_on.notes)
+    ends = going_on.model.get_input_embeddings(), going_on.model.get_output_embeddings()
+    assert ends[0].weight is ends[1].weight
+    assert ends[0].weight.requires_grad
+    again = save(going_on, None, tmp_path / "again")
+    with torch.no_grad():
+        for path in (saved, adapters, again):
+            torch.testing.assert_close(load_policy(path).logp(tokens).logp, expected, rtol=1e-4, atol=1e-4)
+        theirs: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapters)
+        torch.testing.assert_close(theirs(ids).logits, logits, rtol=1e-4, atol=1e-4)
+        assert theirs.get_input_embeddings().weight is theirs.get_output_embeddings().weight
+    same = save(load_policy(folder, lora=LoraConfig(r=4)), None, tmp_path / "same")
+    assert json.loads((same / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("whole", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]])
+def test_tables_that_peft_trained_go_on_as_they_were_saved(whole, tie, model_folder, tmp_path, tokens):
+    """Two matrices where it cut the tie, one where it kept it, with the numbers that they have."""
     config = tiny_config("llama", 97)
     config.tie_word_embeddings = True
     torch.manual_seed(0)
     folder = model_folder(model=AutoModelForCausalLM.from_config(config))
-    policy = load_policy(folder, lora=LoraConfig(r=4, train_whole=whole))
-    nudge(policy)
-    saved = save(policy, None, tmp_path / "merged")
-    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is False
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=list(whole), ensure_weight_tying=tie,
+                               task_type="CAUSAL_LM")  # fmt: skip
+    theirs: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), settings)
     with torch.no_grad():
-        expected = policy.logp(tokens).logp
-        torch.testing.assert_close(load_policy(saved).logp(tokens).logp, expected, rtol=1e-4, atol=1e-4)
-    again = save(load_policy(saved), None, tmp_path / "again")  # without adapters
-    assert json.loads((again / "config.json").read_text())["tie_word_embeddings"] is False
-    same = save(load_policy(folder, lora=LoraConfig(r=4)), None, tmp_path / "same")
-    assert json.loads((same / "config.json").read_text())["tie_word_embeddings"] is True
-    assert "lm_head.weight" not in load_file(same / "model.safetensors")
+        for weight in {id(p): p for p in theirs.parameters() if p.requires_grad}.values():
+            weight.add_(torch.randn_like(weight), alpha=0.1)
+        ids = torch.arange(3, 40)[None]
+        logits = theirs(ids).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+    policy = load_policy(tmp_path / "theirs", lora=LoraConfig(r=2, alpha=8, train_whole=tuple(whole)))
+    with torch.no_grad():
+        torch.testing.assert_close(policy.model(ids).logits, logits, rtol=1e-5, atol=1e-5)
+    tables = policy.model.get_input_embeddings(), policy.model.get_output_embeddings()
+    assert (tables[0].weight is tables[1].weight) == tie
+    assert not any("go on as they are" in note for note in policy.notes)
+    learned = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    assert adapted(str(tmp_path / "theirs"), LoraConfig()).trained == learned
+    saved = save(policy, None, tmp_path / "merged")
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] is tie
+    with torch.no_grad():
+        torch.testing.assert_close(
+            load_policy(saved).logp(tokens).logp, policy.logp(tokens).logp, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", ["t5", "bart"])

@@ -20,6 +20,17 @@ SQLITE = pytest.mark.parametrize("address", ["sqlite"], indirect=True)
 """For tests of what does not depend on the kind of database: the others run on both."""
 
 
+REASONING = (
+    '<details type="reasoning" done="true" duration="3">\n<summary>Thought for 3 seconds</summary>\n'
+    "&gt; hm\n</details>"
+)
+TOOL = (
+    '<details type="tool_calls" done="true" id="1" name="clock" arguments="&quot;{}&quot;">\n'
+    "<summary>Tool Executed</summary>\n</details>"
+)
+"""Blocks that Open WebUI writes into the text of an answer."""
+
+
 def key() -> str:
     return str(uuid.uuid4())
 

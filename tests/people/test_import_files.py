@@ -7,7 +7,7 @@ import os
 from collections import Counter
 
 import pytest
-from people_kit import SQLITE
+from people_kit import REASONING, SQLITE, TOOL
 from sqlalchemy import select
 
 from steersman.data import DataConfig, demonstrations, feedback, preferences, rankings, ratings
@@ -16,6 +16,7 @@ from steersman.people.sources import open_judgements
 from steersman.people.store.imported import ImportCounts
 from steersman.people.store.imports import import_file
 from steersman.people.store.open_webui import read_record
+from steersman.people.store.open_webui_text import WITH_FILES, WITH_TOOLS
 from steersman.people.store.raters import forget
 from steersman.people.store.schema import Forgotten, Person, Turn
 from steersman.types import SteersmanError
@@ -52,7 +53,7 @@ LABELLED = {
     "id": 7, "data": {"prompt": "Say hello.", "answer1": "Hello!", "answer2": "What?"},
     "annotations": [
         {"id": 70, "completed_by": {"id": 3, "email": "ada@example.org"}, "was_cancelled": False, "lead_time": 4.2,
-         "result": [{"id": "x", "from_name": "pw", "to_name": "answer1", "type": "pairwise",
+         "result": [{"id": "x", "from_name": "pw", "to_name": "pw", "type": "pairwise",
                      "value": {"selected": "left"}}]},
         {"id": 71, "completed_by": 4, "was_cancelled": True, "result": []},
         {"id": 72, "completed_by": 5, "was_cancelled": False,
@@ -61,6 +62,13 @@ LABELLED = {
     ],
     "predictions": [], "project": 1,
 }  # fmt: skip
+
+
+def task_of(data, selected="left", **more):
+    """A task of Label Studio with one choice, as its page writes it: `to_name` is the Pairwise tag's own name."""
+    result = {"id": "x", "from_name": "pw", "to_name": "pw", "type": "pairwise", "origin": "manual",
+              "value": {"selected": selected}} | more  # fmt: skip
+    return {**LABELLED, "data": data, "annotations": [{**LABELLED["annotations"][0], "result": [result]}]}
 
 
 def write(tmp_path, name: str, value) -> str:
@@ -289,12 +297,209 @@ def test_label_studio(address, store, tmp_path):
     assert (pair.prompt, pair.chosen, pair.rejected) == ("Say hello.", "Hello!", "What?")
 
 
+COUNTED = {"prompt": "q", "answer1": "good", "answer2": "bad"}
+MARKED = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+@SQLITE
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("data", "more", "sides", "left"),
+    [
+        (COUNTED, {}, None, "answer1"),
+        ({"question": "q", "response_b": "bad", "response_a": "good"}, {}, None, "response_a"),
+        (COUNTED, {"to_name": "answer2, answer1"}, None, "answer2"),
+        (COUNTED, {"to_name": ["answer2", "answer1"]}, None, "answer2"),
+        ({**COUNTED, "answer_model": "gpt-4"}, {"to_name": "answer1,answer2"}, None, "answer1"),
+        (MARKED, {"to_name": "rejected,chosen"}, None, "rejected"),
+        (MARKED, {}, ("rejected", "chosen"), "rejected"),
+        (COUNTED, {"to_name": "answer1,answer2"}, ("answer2", "answer1"), "answer2"),
+        ({"prompt": "q", "answer_ours": "good", "baseline": "bad"}, {}, ("baseline", "answer_ours"), "baseline"),
+    ],
+)
+def test_the_left_answer_is_that_of_the_labelling_page_in_whatever_order_the_fields_stand(
+    address, store, tmp_path, turned, data, more, sides, left
+):
+    fields = dict(reversed(data.items())) if turned else data
+    for number, selected in enumerate(("left", "right")):
+        asked = {**fields, next(iter(data)): f"q{number}"}
+        done = import_file(store, write(tmp_path, f"ls{number}.json", [task_of(asked, selected, **more)]), sides)
+        assert [of for of, count in done.sides.items() if count == 1 and of[0] == left], done.sides
+    chosen = {pair.prompt: pair.chosen for pair in preferences(DataConfig(path=address)).train}
+    right = ({"good", "bad"} - {data[left]}).pop()
+    assert chosen == {"q0": data[left], "q1": right}
+
+
+@SQLITE
+def test_a_recipe_says_the_sides_and_is_told_how_a_file_was_read(address, store, tmp_path, capsys):
+    file = write(tmp_path, "ls.json", [task_of(MARKED), task_of({**MARKED, "prompt": "q2", "chosen": "bad"})])
+    fill(store, CollectRecipe(imports=[file], sides={"ls.json": {"left": "rejected", "right": "chosen"}}))
+    out = capsys.readouterr().out
+    assert "comparisons with rejected on the left and chosen on the right: 1" in out
+    assert "'two answers are the same text': 1" in out
+    assert [pair.chosen for pair in preferences(DataConfig(path=address)).train] == ["bad"]
+    for recipe, message in (
+        (CollectRecipe(imports=[file], sides={"other.json": {"left": "a", "right": "b"}}), "sides.other.json: none"),
+        (CollectRecipe(imports=[file], sides={"ls.json": {"left": "a", "right": "chosen"}}), "task 1: it has no"),
+        (CollectRecipe(imports=[write(tmp_path, "c.json", [CHAT])], sides={"c.json": {"left": "a", "right": "b"}}),
+         "`sides` is for Label Studio"),
+    ):  # fmt: skip
+        with pytest.raises(SteersmanError, match=message):
+            fill(store, recipe)
+
+
+@SQLITE
+def test_what_is_odd_in_label_studios_export_is_counted_and_the_rest_is_taken(address, store, tmp_path, capsys):
+    good = task_of({"prompt": "q", "answer1": "good", "answer2": "bad"})
+    rated = {"from_name": "quality", "to_name": "answer", "type": "rating", "value": {"rating": 4}}
+    one = {"prompt": "q", "answer": "a"}
+    annotation = LABELLED["annotations"][0]
+    tasks = [
+        {"id": 1, "data": {"prompt": "q", "answer1": "x", "answer2": "y"}},
+        None,
+        {"id": 3},
+        task_of({"prompt": "\ud83d", "answer1": "x", "answer2": "y"}),
+        task_of({"prompt": [{"author": "a", "text": "t"}], "answer1": "x", "answer2": "y"}),
+        task_of({"prompt": "q", "answer1": "x", "answer2": ""}),
+        task_of({"prompt": "q", "answer1": "x", "answer2": "x"}),
+        task_of({"prompt": "q", "answer1": "x", "answer2": "y"}, "middle"),
+        {**good, "annotations": [{**annotation, "result": []}, {"result": [{"type": "relation", "from_id": "a"}]}]},
+        *(task_of(one, **{**rated, "value": {"rating": r}}) for r in (0, 3.5, 101, "4")),
+        task_of(one, **{**rated, "to_name": "prompt"}),
+        good,
+        task_of(one, **rated),
+    ]
+    fill(store, CollectRecipe(imports=[write(tmp_path, "ls.json", tasks)]))
+    out = capsys.readouterr().out
+    assert "{'compare': 1, 'rate': 1} stored" in out
+    for reason, count in {
+        "a task without annotations": 1, "what can not be read": 5, "an answer is empty": 1,
+        "two answers are the same text": 1, "an annotation without a result": 1, "a result of the type relation": 1,
+        "a rating that is no whole number from 1 to 100": 4, "a rating of something else than the answer": 1,
+    }.items():  # fmt: skip
+        assert f"'{reason}': {count}" in out
+    assert "ls.json, task 2: not as this program writes it" in out
+    assert "ls.json, task 4: field data.prompt: " in out
+    assert [pair.chosen for pair in preferences(DataConfig(path=address)).train] == ["good"]
+
+
+@SQLITE
+def test_annotators_without_a_name_are_as_many_as_a_task_has_of_them(address, store, tmp_path):
+    task = task_of({"prompt": "q", "answer1": "good", "answer2": "bad"})
+    (annotation,) = task["annotations"]
+    nameless = {key: value for key, value in annotation.items() if key != "completed_by"}
+    file = write(tmp_path, "ls.json", [{**task, "annotations": [nameless, annotation, {**nameless, "id": 2}]}])
+    assert import_file(store, file).stored == {"compare": 3}
+    assert sorted(raters(address).values()) == [1, 1, 1]
+    assert import_file(store, file).left_out == {"there already": 3}
+
+
+def changed(message_id: str, **more):
+    """The feedback with another message."""
+    record = json.loads(json.dumps(FEEDBACK))
+    record["snapshot"]["chat"]["chat"]["history"]["messages"][message_id] |= more
+    return record
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{REASONING}\nA spoon.",
+        f"A {REASONING.upper()}spoon.",
+        f"{REASONING}\nA spoon.\n{REASONING[:60]}",
+        [{"type": "text", "text": f"{REASONING}\n"}, {"type": "text", "text": "A spoon."}],
+    ],
+)
+def test_what_open_webui_shows_of_reasoning_is_no_part_of_an_answer(address, store, tmp_path, content):
+    done = import_file(store, write(tmp_path, "feedback.json", [changed("m3", content=content)]))
+    assert done.stored == {"thumb": 1, "compare": 1}
+    (pair,) = preferences(DataConfig(path=address)).train
+    assert (pair.chosen[0]["content"], pair.rejected[0]["content"]) == ("Blue.", "A spoon.")
+    with store.read() as session:
+        assert "A spoon." in session.scalars(select(Turn.content)).all()
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("message", "more", "reason"),
+    [
+        ("m1", {"files": [{"type": "image", "url": "data:image/png;base64,AAAA"}]}, WITH_FILES),
+        (
+            "m1",
+            {"content": [{"type": "text", "text": "Which?"}, {"type": "image_url"}]},
+            WITH_FILES,
+        ),
+        ("m3", {"content": f"{REASONING}\n{TOOL}\nA spoon."}, WITH_TOOLS),
+        ("m3", {"content": "", "error": {"content": "no server"}}, "an answer is empty"),
+        ("m3", {"content": f"{REASONING}\n"}, "an answer is empty"),
+        ("m3", {"role": "tool"}, "the message is not in the conversation"),
+    ],
+)
+def test_a_judgement_of_more_or_less_than_text_is_counted_and_left_out(store, tmp_path, message, more, reason):
+    good = {**CHAT, "id": "c2"}
+    done = import_file(store, write(tmp_path, "mixed.json", [changed(message, **more), good]))
+    assert done.stored == {"thumb": 2}
+    assert done.left_out[reason] == 1
+    assert not done.odd
+
+
+@SQLITE
+@pytest.mark.parametrize(
+    ("message", "more", "reason"),
+    [
+        ("m2", {"content": "", "error": {"content": "no server"}}, "an answer is empty"),
+        ("m2", {"content": "A spoon."}, "two answers are the same text"),
+        ("m2", {"content": TOOL}, WITH_TOOLS),
+        ("m2", {"role": "tool"}, "a comparison with no other answer in the conversation"),
+        ("m5", {"parentId": "m1", "model": "third"}, "a comparison with several other answers"),
+    ],
+)
+def test_a_comparison_that_is_none_of_two_texts_leaves_the_thumb(store, tmp_path, message, more, reason):
+    done = import_file(store, write(tmp_path, "feedback.json", [changed(message, **more)]))
+    assert done.stored == {"thumb": 1}
+    assert done.left_out[reason] == 1
+
+
+@SQLITE
+def test_an_odd_record_neither_decides_the_kind_of_a_file_nor_refuses_it(store, tmp_path, capsys):
+    hostile = {**FEEDBACK, "user_id": "\x1b[2J\u202e" + "x" * 5000 + "\n"}
+    records = [{**FEEDBACK, "snapshot": None}, {"id": "c9", "user_id": "u", "chat": {"messages": []}}, 7, hostile]
+    records += [{**FEEDBACK, "meta": {"chat_id": "c1"}}, {**CHAT, "title": "\ud83d"}, FEEDBACK]
+    fill(store, CollectRecipe(imports=[write(tmp_path, "feedback.json", records)]))
+    out = capsys.readouterr().out
+    assert "{'thumb': 1, 'compare': 1} stored" in out
+    assert "'no conversation in the record': 2, 'what can not be read': 4" in out
+    assert out.count("feedback.json, record ") == 3
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) < 700
+
+
+@SQLITE
+def test_a_rating_may_be_a_text(store, tmp_path):
+    record = {**FEEDBACK, "data": {**FEEDBACK["data"], "rating": "1"}}
+    assert import_file(store, write(tmp_path, "feedback.json", [record])).stored == {"thumb": 1, "compare": 1}
+
+
+def test_texts_that_a_database_takes_for_the_same_are_one(store, tmp_path):
+    tasks = [task_of({"prompt": "q", "answer1": text, "answer2": "bad"}) for text in ("good", "go\0od")]
+    assert import_file(store, write(tmp_path, "ls.json", tasks)).stored == {"compare": 2}
+
+
+def test_a_rating_of_a_data_file_has_no_endless_scale(store, tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "scores": {"kind": 101}}]
+    with pytest.raises(SteersmanError, match="line 1: ratings must be whole numbers from 1 to 100"):
+        import_file(store, lines(tmp_path / "ratings.jsonl", rows, 1e9))
+
+
 def test_a_field_of_label_studio_that_only_sounds_like_an_answer_is_none(store, tmp_path):
     task = {**LABELLED, "data": {**LABELLED["data"], "context": "Greetings of the world."}}
     assert import_file(store, write(tmp_path, "ls.json", [task])).stored == {"compare": 1}
     task = {**LABELLED, "data": {**LABELLED["data"], "reference_answer": "Hi!"}}
-    left_out = import_file(store, write(tmp_path, "more.json", [task])).left_out
-    assert left_out["a result of the type pairwise beside the answers answer1, answer2, reference_answer"] == 1
+    file = write(tmp_path, "more.json", [task])
+    with pytest.raises(SteersmanError, match=r"task 1, annotation 1: .*sides: .*answer1, answer2, reference_answer"):
+        import_file(store, file)
+    assert import_file(store, file, ("answer1", "answer2")).stored == {"compare": 1}
 
 
 def test_files_of_the_data_room(address, store, tmp_path):
@@ -318,17 +523,23 @@ def test_files_of_the_data_room(address, store, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("a.json", [{**CHAT, "chat": {"history": {"messages": {"m": {"parentId": None}}}}}], "record 1: not as"),
+        ("a.json", [{**CHAT, "chat": {"history": {"messages": {"m": 1}}}}], "record 1: not as"),
         ("b.json", [{"id": 1, "data": {"x": "y"}, "annotations": []}], "task 1: no prompt"),
         ("c.json", [{"what": "else"}], "columns 'what' are no shape"),
         ("d.json", "[" * 5000, "d.json"),
         ("e.json", [{**CHAT, "updated_at": -1}], "record 1: not as .* no seconds since 1970"),
         ("f.json", [{**CHAT, "user_id": "line\nbreak"}], r"record 1: 'line\\nbreak \(open-webui\)': a name has"),
+        ("g.json", [{**FEEDBACK, "snapshot": None}], "none of its records has a conversation"),
         (
-            "g.json",
-            [LABELLED, {**LABELLED, "data": {"prompt": "q", "answer1": "x", "answer2": "x"}}],
-            "task 2: .*same",
+            "h.json",
+            [
+                {"prompt": "q", "answer1": "x", "answer2": "y", "pw": "left"}
+                | {"annotator": 1, "annotation_id": 5, "lead_time": 3.1}
+            ],
+            'JSON-MIN.*export the project as "JSON"',
         ),
+        ("i.json", [task_of({"prompt": "q", "rejected": "x", "chosen": "y"})], r"task 1, annotation 1: .*sides: "),
+        ("j.json", [{**CHAT, "id": "\ud83d"}], "record 1: field id: a lone surrogate"),
     ],
 )
 def test_what_is_no_export_is_refused_and_leaves_nothing(address, store, tmp_path, name, value, message):

@@ -130,9 +130,12 @@ def test_rankings_ratings_and_reviews(address, store):
         judge(store, review, ada, verdict)
     (ranked,) = rankings(config(address, ties="keep")).train
     assert (ranked.completions, ranked.ranks) == (["a", "b", "c"], [0.5, 0.5, 2.0])
+    thumbs = feedback(config(address)).train
     (rated,) = ratings(config(address)).train
     assert rated.scores == {"kind": 2.5}
-    assert [e.label for e in feedback(config(address)).train] == [True, False, False]
+    assert [(e.completion if e.prompt == "q" else e.completion[0]["content"], e.label) for e in thumbs] == [
+        ("x", True), ("y", False), ("z", False), ("a", True), ("c", False), ("b", True), ("c", False),
+    ]  # fmt: skip
     assert [e.completion[-1]["content"] for e in demonstrations(config(address)).train] == ["better", "x"]
     pairs = preferences(config(address)).train
     assert [(e.chosen, e.rejected) for e in pairs[:2]] == [("a", "c"), ("b", "c")]
@@ -202,14 +205,79 @@ def test_a_chat_with_a_system_prompt_gives_its_prompt(address, store):
     assert [q.prompt for q in prompts(config(address)).train] == [[asked], [kind, asked]]
 
 
-def test_both_bad_is_a_thumb_down_for_both_and_pairs_serve_where_no_thumb_is(address, store):
-    voted(store, [[0, "both_bad"]])
-    got = feedback(config(address, ties="drop")).train
-    assert [(e.completion, e.label) for e in got] == [("good 0", True), ("bad 0", False)]
+COMPARED = {
+    "unanimous": [0, 0, 0], "second": [1, 1, 0], "even": [0, 1], "tie": ["tie", "tie"], "tie and one": ["tie", 1],
+    "bad": ["both_bad", "both_bad"], "bad and one": ["both_bad", "both_bad", 0],
+    "bad and tie": ["both_bad", "both_bad", "tie"], "half bad": ["both_bad", 0], "single": [1],
+}  # fmt: skip
+BY_HAND = {
+    ("unanimous", "A"): True, ("unanimous", "B"): False, ("second", "B"): True, ("second", "A"): False,
+    ("tie and one", "B"): True, ("tie and one", "A"): False, ("single", "B"): True, ("single", "A"): False,
+    ("bad", "A"): False, ("bad", "B"): False, ("bad and one", "A"): False, ("bad and one", "B"): False,
+    ("bad and tie", "A"): False, ("bad and tie", "B"): False, ("half bad", "B"): False,
+}  # fmt: skip
+
+
+def test_the_thumbs_of_a_comparison_do_not_depend_on_what_else_is_there(address, store, tmp_path, capsys):
+    raters = [rater(store, name) for name in ("Ada", "Bob", "Cyd")]
+    for name, choices in COMPARED.items():
+        of = queue(store, "compare", [NewItem(name, [TurnText("A"), TurnText("B")])], name=name, overlap=3)
+        for who, choice in zip(raters, choices, strict=False):
+            judge(store, of, who, {"choice": choice})
+
+    def thumbs() -> dict:
+        return {(e.prompt, e.completion): e.label for e in feedback(config(address)).train}
+
+    def exported(*more: str) -> list[dict]:
+        out = tmp_path / "out.jsonl"
+        assert main(["export-feedback", address, *more, "--out", str(out)]) == 0
+        return [json.loads(line) for line in out.read_text().splitlines()]
+
+    assert thumbs() == BY_HAND
+    told = capsys.readouterr().err
+    assert 'the feedback rows: 9 from comparisons, 6 from comparisons with "both bad"' in told
+    assert "left out of the feedback rows: 5 with an answer whose raters are evenly split" in told
+    for more in (("--for", "kto"), ("--for", "reward", "--shape", "thumbs")):
+        rows = exported(*more)
+        assert {(row["prompt"], row["completion"]): row["label"] for row in rows} == BY_HAND
+        assert not any({"source", "left_out"} & set(row) for row in rows)
+    each = exported("--for", "kto", "--judgements.combine", "each")
+    said = [choice for choices in COMPARED.values() for choice in choices]
+    assert sum(row["label"] for row in each) == sum(choice in (0, 1) for choice in said)
+    assert sum(not row["label"] for row in each) == sum(
+        (choice in (0, 1)) + 2 * (choice == "both_bad") for choice in said
+    )
     review = queue(store, "review", [NewItem("q", [TurnText("fine")])])
-    judge(store, review, rater(store, "Ada"), {"accept": True})
+    judge(store, review, raters[0], {"accept": True})
+    assert thumbs() == BY_HAND | {("q", "fine"): True}
+
+
+def test_both_bad_of_equal_or_cut_answers_is_a_thumb_down_and_a_choice_between_them_none(address, store):
+    cut = TurnText("cu", None, None, "length")
+    items = [[TurnText("same"), TurnText("same ")]] * 2 + [[TurnText("whole"), cut]] * 2
+    of = queue(store, "compare", [NewItem(f"q{i}", answers) for i, answers in enumerate(items)])
+    who = rater(store, "Ada")
+    for choice in (0, "both_bad", 0, "both_bad"):
+        judge(store, of, who, {"choice": choice})
+    judge(store, queue(store, "compare", [pair(9)], name="more"), who, {"choice": 0})
+    got = [(e.prompt, e.completion, e.label) for e in feedback(config(address)).train]
+    assert got == [
+        ("q1", "same", False), ("q1", "same ", False), ("q3", "whole", False), ("q3", "cu", False),
+        ("question 9", "good 9", True), ("question 9", "bad 9", False),
+    ]  # fmt: skip
+
+
+def test_an_answer_that_one_rater_compared_and_gave_a_thumb_gets_one_thumb(address, store):
+    ada, bob = rater(store, "Ada"), rater(store, "Bob")
+    of = queue(store, "compare", [pair(0)], overlap=2)
+    review = queue(store, "review", [NewItem("question 0", [TurnText("good 0")])])
+    judge(store, of, ada, {"choice": 0})
+    judge(store, review, ada, {"accept": True})
     got = feedback(config(address)).train
-    assert [(e.completion, e.label) for e in got] == [("fine", True), ("good 1", False), ("bad 1", False)]
+    assert [(e.completion, e.label) for e in got] == [("good 0", True), ("bad 0", False)]
+    judge(store, of, bob, {"choice": 1})
+    got = feedback(config(address)).train
+    assert [(e.completion, e.label) for e in got] == [("good 0", True), ("good 0", False)]
 
 
 def test_only_some_queues(address, store):

@@ -343,6 +343,65 @@ def test_an_item_that_somebody_left_is_given_to_another_after_an_hour(store):
         assert next_item(session, of, bob) is not None
 
 
+def test_two_tabs_of_a_rater_hold_one_item(store):
+    of = queue(store, "compare", [pair(i) for i in range(6)])
+    raters = [rater(store, f"rater {i}") for i in range(6)]
+
+    def take(number: int) -> tuple[int, str] | None:
+        with store.begin() as session:
+            got = next_item(session, of, raters[number % 6])
+            return got and (number % 6, got.item.id)
+
+    held = at_once(12, take)
+    assert None not in held
+    assert len(set(held)) == 6
+
+
+def test_what_was_taken_back_is_held_anew(store):
+    of, ada, bob = queue(store, "compare", [pair(1)]), rater(store, "Ada"), rater(store, "Bob")
+    judge(store, of, ada, {"choice": 0})
+    with store.begin() as session:
+        session.execute(sa.update(Assignment).values(created=Assignment.created - 4000))
+        assert undo(session, ada, key=key()) is not None
+    with store.begin() as session:
+        assert next_item(session, of, bob) is None
+        assert next_item(session, of, ada) is not None
+
+
+def test_a_skip_whose_place_another_took_is_not_taken_back(store):
+    ada, bob = rater(store, "Ada"), rater(store, "Bob")
+    of = queue(store, "compare", [pair(1)])
+    assert judge(store, of, ada, {"skip": ""})
+    with store.begin() as session:
+        assert undo(session, ada, key=key()) is not None  # nobody has it: the skip goes, and the place is held
+        assert next_item(session, of, bob) is None
+    assert judge(store, of, ada, {"skip": ""})
+    with store.begin() as session:
+        assert next_item(session, of, bob) is not None
+        assert undo(session, ada, key=key()) is None
+    assert judge(store, of, bob, {"choice": 0})
+    with store.begin() as session:
+        assert undo(session, ada, key=key()) is None
+    assert judge(store, of, ada, {"choice": 1}) is None
+    with store.read() as session:
+        assert session.scalars(select(Assignment.state).order_by(Assignment.rater_id)).all() == ["skipped", "judged"]
+
+
+def test_a_skip_whose_place_is_taken_at_the_same_moment_gives_one_verdict(store):
+    """The rater who takes the skip back, and another who takes the place, never both have it."""
+    ada, bob = rater(store, "Ada"), rater(store, "Bob")
+    for number in range(8):
+        of = queue(store, "compare", [pair(number)], name=f"q{number}")
+        assert judge(store, of, ada, {"skip": ""})
+
+        def act(who: int, of: int = of) -> bool:
+            with store.begin() as session:
+                got = undo(session, ada, key=key()) if who else next_item(session, of, bob)
+                return got is not None
+
+        assert sum(at_once(2, act)) == 1
+
+
 def test_a_skip_is_written_down_and_leaves_the_item_to_others(store):
     of, ada, bob = queue(store, "compare", [pair(1)]), rater(store, "Ada"), rater(store, "Bob")
     assert judge(store, of, ada, {"skip": "I know too little"})

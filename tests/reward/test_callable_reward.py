@@ -192,5 +192,7 @@ def test_a_function_may_say_in_words_what_it_found():
 
 @pytest.mark.parametrize("value", [{"score": 1.0}, {"score": 1, "feedback": 3}, {"score": 1, "feedback": "", "x": 2}])
 def test_feedback_in_another_form_is_refused(value):
-    with pytest.raises(SteersmanError, match=r"'checked': gave .* for sample 1; return a number, or exactly"):
+    with pytest.raises(
+        SteersmanError, match=r"'checked': gave .* for sample 1 \(prompt: 'prompt 1', .*\); return a number"
+    ):
         CallableReward(lambda prompts, completions: [1.0, value], "checked").score(make_samples(["x", "y"]))

@@ -107,11 +107,11 @@ def test_a_file_of_llama_factory(tmp_path, capsys):
                   "lora": {"r": 8, "targets": "all-linear"}},
         "loss": {"name": "dpo", "settings": {"beta": 0.1}},
         "data": {"path": "dpo_en_demo", "max_length": 2048},
-        "train": {"batch_size": 16},
+        "train": {"batch_size": 16, "epochs": 3.0},  # LLaMA-Factory's own number of epochs
         "optimizer": {"lr": 5e-6, "schedule": "cosine", "warmup": 0.1},
         "run": {"dir": "saves/dpo", "sinks": []},
     }  # fmt: skip
-    assert "# template: no counterpart" in text
+    assert "# template: texts of turns are laid out by the model's own chat template" in text
     load_recipe(VERBS["dpo"], out)
     assert cli.main(["import-recipe", str(file), "--out", str(out)]) == 2
     assert f"{out} is there already" in capsys.readouterr().err
@@ -127,9 +127,12 @@ def test_a_file_of_trl_and_a_command_of_openrlhf(tmp_path, capsys):
     assert cli.main(["import-recipe", str(file)]) == 0
     told = capsys.readouterr().out
     found = yaml.safe_load(told)
-    assert found["rollout"] == {"samples": 8, "max_new_tokens": 64, "prompts": 4}
-    assert found["algorithm"] == {"beta": 0.04, "clip_low": 0.2, "clip_high": 0.2}
-    assert found["optimizer"] == {"kind": "adamw-8bit"}
+    assert found["rollout"] == {
+        "samples": 8, "max_new_tokens": 64, "prompts": 4, "recompute_logp": True,
+        "correction": {"kind": "sequence_masked", "cap": 3.0},
+    }  # fmt: skip
+    assert found["algorithm"] == {"beta": 0.04, "clip_low": 0.2, "clip_high": 0.2, "average": "token"}
+    assert found["optimizer"] == {"kind": "adamw-8bit", "lr": 1e-6}
     assert found["reward"] == {"parts": {"score0": {"function": "r.py:f"}}}
     assert "iterations" not in found
     for name in ("use_vllm", "num_train_epochs", "lr_scheduler_type"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -9,8 +10,16 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from steersman.run.report.charts import Line, line_chart, running_mean
-from steersman.run.report.page import charts, findings, sample_pairs, summary_rows, write_report
+from steersman.run.report.charts import Line, line_chart, running_mean, tick_texts
+from steersman.run.report.page import (
+    charts,
+    findings,
+    sample_pairs,
+    summary_rows,
+    summary_tables,
+    unmoved,
+    write_report,
+)
 from steersman.types import SteersmanError
 
 EVIL = '<script>alert("x")</script> & $\\frac{'
@@ -75,14 +84,110 @@ def test_everything_that_is_there_is_shown_and_escaped(run):
 def test_charts_group_by_what_is_measured(run):
     rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
     found = {c.title: [name for name, _ in c.legend] for c in charts(rows)}
-    assert list(found) == [
-        "Reward", "KL to the reference", "Coefficients", "Losses", "Gap between rollout and training",
-        "Learning rates", "Odd",
-    ]  # fmt: skip
+    assert list(found) == ["Reward", "KL to the reference", "Losses"]
     assert found["Losses"] == ["loss", "loss (held out)"]
     assert found["Reward"][0] == "total"
-    many = [{"step": 1, **{f"x/{i}": i for i in range(20)}}]
+    many = [{"step": s, **{f"x/{i}": i * s for i in range(20)}} for s in (1, 2)]
     assert charts(many)[0].left_out == 12
+
+
+def test_what_never_moves_is_told_and_not_drawn(run):
+    rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()[:-1]]
+    assert unmoved(rows) == [
+        ("Coefficients of the KL penalty", "0.1"), ("Gap between rollout and training", "1e\u22126"),
+        ("Learning rates: actor", "0"), ("Odd: thing", "3"),
+    ]  # fmt: skip
+    page = write_report(run).read_text(encoding="utf-8")
+    top, _, curves = page.partition("<h2>Curves</h2>")
+    assert "<tr><td>Learning rates: actor</td>" in top
+    assert "Learning rates" not in curves
+    several = [{"step": s, "lr/actor": 3e-4 * (1 + 1e-15 * s), "lr/critic": 1e-4, "loss/b": 0.5} for s in range(3)]
+    assert unmoved(several) == [
+        ("Losses: b", "0.5"), ("Learning rates: actor", "3e\u22124"), ("Learning rates: critic", "1e\u22124"),
+    ]  # fmt: skip
+    assert charts(several) == []
+    once = [{"step": 0, "steps": 12.5}]
+    assert (unmoved(once), charts(once)) == ([("Steps", "12.5")], [])
+    moving = [{"step": s, "finish/eos": s / 9, "finish/stop": 0} for s in range(3)]
+    assert unmoved(moving) == []  # a level line beside others says something
+    assert [name for name, _ in charts(moving)[0].legend] == ["eos", "stop"]
+
+
+def test_the_rise_of_the_kl_is_seen_beside_whatever_is_measured_with_it():
+    """KL to the policy that sampled is another thing, of another size: rounding, where each sample is used once."""
+    rows = [{"step": s, "kl": max(1e-6, 0.1 * s), "kl/old": 3.9e-13 * (1 + s % 2 / 9)} for s in range(21)]
+    rows[0]["held_out/kl"], rows[20]["held_out/kl"] = 2.9e-6, 2.2
+    reference, sampler = charts(rows)
+    assert (reference.title, sampler.title) == ("KL to the reference", "KL to the sampling policy")
+    assert [name for name, _ in reference.legend] == ["kl", "kl (held out)"]
+    assert [name for name, _ in sampler.legend] == ["kl old"]
+    heights = _heights(reference.svg)
+    assert sum(abs(b - a) > 5 for a, b in itertools.pairwise(heights)) >= 15  # of 131 points, climbing all the way
+
+
+def test_a_tiny_line_does_not_press_the_others_flat():
+    steps = list(map(float, range(21)))
+    tiny = Line("b", steps, [3.9e-13] * 21)
+    heights = _heights(line_chart("x", [Line("a", steps, [0.1 + 0.2 * s for s in steps]), tiny]))
+    assert max(heights) - min(heights) > 100
+    near = line_chart("x", [Line("a", steps, [500.0 + s for s in steps]), Line("b", steps, [0.5] * 21)])
+    assert {"1", "10", "100"} <= set(_texts(near))
+
+
+def test_liked_and_disliked_answers_have_implicit_rewards():
+    (chart,) = charts([{"step": s, "reward/liked": s, "reward/disliked": -s} for s in range(3)])
+    assert chart.title == "Implicit reward"
+    parts = [{"step": s, "reward/liked": s, "reward/disliked": -s, "reward/total": 0} for s in range(3)]
+    assert [c.title for c in charts(parts)] == ["Reward"]
+
+
+def test_words_about_one_thing_share_a_chart():
+    rows = [{"step": s, "held_out/distinct2": 0.5 + s, "text/distinct2": 0.25 * s, "clip_fraction": s, "time/step": s}
+            for s in range(2)]  # fmt: skip
+    found = {c.title: [name for name, _ in c.legend] for c in charts(rows)}
+    assert found == {
+        "Variety of the text": ["distinct2 (held out)", "distinct2"],
+        "Clipping": ["clip fraction"],
+        "Where the time goes": ["step"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("ticks", "texts"),
+    [
+        ([0.0, 0.05, 0.1], ["0", "0.05", "0.10"]),
+        ([0.025, 0.03, 0.0325], ["0.0250", "0.0300", "0.0325"]),
+        ([-2.0, 0.0, 2.0], ["\u22122", "0", "2"]),
+        ([2.95e-4, 3e-4, 3.05e-4], ["2.95e\u22124", "3.00e\u22124", "3.05e\u22124"]),
+        ([0.0, 5e-7, 1e-6], ["0", "5e\u22127", "1e\u22126"]),
+        ([0.0, 2500.0, 5000.0], ["0", "2,500", "5,000"]),
+        ([1e6, 2.5e6], ["1.0e6", "2.5e6"]),
+        ([1e12], ["1e12"]),
+        ([], []),
+    ],
+)
+def test_numbers_of_axes_are_short_and_told_apart(ticks, texts):
+    assert tick_texts(ticks) == texts
+
+
+@pytest.mark.parametrize("values", [[2.85e-4, 3.15e-4], [0.1, 0.3], [-123456.0, 987654.0], [1 + 1e-8, 1 + 9e-8]])
+@pytest.mark.parametrize("label", ["Learning rates", "Standard error of the reward at looks"])
+def test_the_name_of_an_axis_stands_beside_its_numbers(values, label):
+    svg = ET.fromstring(line_chart("x", [Line("a", [0.0, 1.0], values)], label=label))
+    (axis,) = svg.findall(".//*[@id='x-matplotlib.axis_2']")
+    texts = [e for e in axis.iter() if e.tag.endswith("}text")]
+    numbers = [e for e in texts if "text-anchor: end" in e.attrib["style"]]  # they end at their x
+    begin = min(float(e.attrib["x"]) - 5.2 * len(e.text or "") for e in numbers)
+    lines = [_across(e) for e in texts if e not in numbers]
+    assert len(numbers) >= 3
+    assert min(lines) > 8  # of their height are to the left
+    assert max(lines) + 2 < begin
+
+
+def _across(text: ET.Element) -> float:
+    """Where the foot of an upright text stands: one line turns about its place, several are moved to theirs."""
+    moved = re.match(r"translate\((\S+)", text.attrib["transform"])
+    return float(moved[1] if moved else text.attrib["x"])
 
 
 def test_pairs_are_the_first_and_last_answer_to_a_prompt():
@@ -99,10 +204,20 @@ def test_pairs_are_the_first_and_last_answer_to_a_prompt():
 
 def test_summary_and_findings():
     compared, single = summary_rows(
-        {"gold_before": 1, "gold_after": 2, "kl": 3, "only_after": 4, "n": {"x_before": 5}}
+        {"gold_before": 1, "gold_after": 2, "kl": 3, "only_after": 4, "n": {"x_before": 5}}, {}
     )
     assert compared == [("gold", 1, 2)]
     assert single == [("kl", 3), ("only after", 4), ("n x before", 5)]
+    summary = {
+        "seconds": 9.0, "held_out/loss": 0.5, "text/distinct2": 0.25, "held_out/accuracy": 1.0, "held_out/low": 0.9,
+        "steps": 4, "kind": "pairs",
+    }  # fmt: skip
+    start = {"step": 0, "seconds": 0.1, "held_out/loss": 2.5, "text/distinct2": 0.75, "held_out/accuracy": 0.5}
+    compared, single = summary_rows(summary, start, looks="trained on")
+    assert compared == [
+        ("accuracy (trained on)", 0.5, 1.0), ("text/distinct2", 0.75, 0.25), ("loss (trained on)", 2.5, 0.5),
+    ]  # fmt: skip
+    assert single == [("seconds", 9.0), ("low (trained on)", 0.9), ("steps", 4), ("kind", "pairs")]
     rows = [
         {"step": 1, "code": "a", "severity": "note", "text": "t1"},
         {"step": 9, "code": "b", "severity": "stop", "text": "t2"},
@@ -112,6 +227,19 @@ def test_summary_and_findings():
         ("b", 9, 9, 1, "t2"),
         ("a", 1, 21, 2, "t3"),
     ]
+
+
+def test_rows_of_a_summary_are_a_table(run):
+    players = [{"player": EVIL, "rating": 1000.0, "test": {"n": 3}}, {"player": "b", "rating": 990.0, "low": None}]
+    (run / "summary.json").write_text(json.dumps({"verb": "arena", "table": players, "names": ["a"], "none": []}))
+    summary = json.loads((run / "summary.json").read_text())
+    (table,) = summary_tables(summary)
+    assert (table.name, table.columns) == ("table", ["player", "rating", "low"])
+    assert table.rows == [[EVIL, 1000.0, None], ["b", 990.0, None]]
+    page = write_report(run).read_text(encoding="utf-8")
+    assert '<tr><td>b</td><td class="n">990</td><td>\u2013</td></tr>' in page
+    assert '<th>player</th><th class="n">rating</th><th>low</th>' in page
+    assert "&#39;rating" not in page  # as Python writes it
 
 
 @pytest.mark.parametrize(
@@ -129,6 +257,7 @@ def test_summary_and_findings():
         ("config.yaml", "model: &a {path: *a}"),
         ("summary.json", "[" * 100_000),
         ("summary.json", "{cut"),
+        ("summary.json", '{"a": [{"b": 1}, {"c": [2]}], "d": [{}], "held_out/loss": "nan"}'),
         ("summary.json", "[]"),
     ],
 )
@@ -196,7 +325,7 @@ def _texts(svg: str) -> list[str]:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        float(text.replace("\u2212", "-"))
     except ValueError:
         return False
     return True

@@ -54,6 +54,9 @@ class Takes:
     def close(self):
         pass
 
+class NoArguments:
+    pass
+
 class Broken:
     def __init__(self, folder, resumed_step):
         1 / 0
@@ -105,13 +108,21 @@ def test_a_sink_that_fails_as_it_closes_leaves_the_others_closed(tmp_path):
     console = Console(file=StringIO(), width=1000)
     with Log(tmp_path, title="t", total=1, sinks=[f"{path}:Fails", f"{path}:Lines"], console=console) as log:
         log.step(1, {"loss": 1.0})
-    assert "failed as it was closed: ZeroDivisionError" in console.file.getvalue()
+    told = console.file.getvalue()
+    assert "failed as it was closed: ZeroDivisionError: division by zero (" in told
+    assert "failing.py, line " in told
     assert (tmp_path / "own.jsonl").read_text().endswith('"closed"\n')
 
 
 def test_what_is_no_sink_is_refused_by_name(own, tmp_path):
     with pytest.raises(SteersmanError, match="has no method close"):
         open_sink(f"{own}:Half", tmp_path, 0)
+    with pytest.raises(
+        SteersmanError, match=r"made from \(folder, resumed_step\), which its constructor does not take"
+    ):
+        open_sink(f"{own}:NoArguments", tmp_path, 0)
+    with pytest.raises(SteersmanError, match=r"opening it: it raised ZeroDivisionError: .*my_sinks\.py, line \d+"):
+        open_sink(f"{own}:Broken", tmp_path, 0)
     with pytest.raises(SteersmanError, match="no 'Nothing'"):
         open_sink(f"{own}:Nothing", tmp_path, 0)
     with pytest.raises(SteersmanError, match="there is no sink 'tb'"):

@@ -326,7 +326,10 @@ def test_a_look_says_how_sure_its_mean_is(tmp_path, base):
 def test_every_token_knows_the_version_of_the_weights_that_it_was_sampled_from(base):
     """Version 0 is the start, n the weights after n iterations; a resumed run counts on."""
     state = on_policy("rloo", base)
-    seen = [state.iteration() for _ in range(3)]
+    seen = []
+    for _ in range(3):
+        seen.append(state.iteration())
+        state.publish()
     assert [{v for s in one.samples for v in s.version} for one in seen] == [{0}, {1}, {2}]
     assert all(len(s.version) == len(s.ids) for one in seen for s in one.samples)
     again = on_policy("rloo", base)

@@ -210,7 +210,7 @@ def test_what_a_reward_does_beside_its_scores_changes_no_weight(function, base, 
     [
         ("generated", "returned generator; return a list of one float per completion"),
         ("keyed", "returned dict; return a list of one float per completion"),
-        ("imaginary", "gave complex '(1+2j)' for sample 0; return floats"),
+        ("imaginary", "gave complex '(1+2j)' for sample 0 (prompt: "),
     ],
 )
 def test_another_kind_of_answer_is_named(function, told, base, tmp_path, capsys):

@@ -44,7 +44,7 @@ def test_values_are_of_the_start_s_own_responses_and_stand_in_every_iteration(ba
     assert [i for call in drawn for i in call] == list(range(12))
     told = kept(tmp_path / "run")
     roles = build_roles(asked, torch.device("cpu"))
-    train, *_ = rl._prompts(asked, roles.policy)
+    train = rl._prompts(asked, roles).train
     samples = roles.generate(train, seed=(0, SamplingStream.OPTIMAL_VALUES), n=3)
     expected = torch.tensor([s.text.count("a") / 4 for s in samples]).view(12, 3)
     torch.testing.assert_close(torch.tensor([row["score"] for row in told]), expected)

@@ -191,3 +191,62 @@ def test_killed_at_any_moment_nothing_is_lost(base, tmp_path):
     for got, wanted in zip(found[1:], expected[1:], strict=True):
         assert plain(got)["reward/total"] == pytest.approx(plain(wanted)["reward/total"], abs=1e-5)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["finished"]
+
+
+FAILS_LATER = """
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+from steersman.algorithms.grpo import GRPO
+
+CALLS = []
+
+def gone(prompts, completions):
+    CALLS.append(1)
+    if len(CALLS) == 5 and os.environ.get("GONE"):
+        raise ConnectionError("judge gone")
+    return [c.count("a") / 4 for c in completions]
+
+class OneRank(GRPO):
+    def advantage(self, traj):
+        CALLS.append(1)
+        if os.environ["RANK"] == "1" and len(CALLS) == 3:
+            raise ValueError("on this rank alone")
+        return super().advantage(traj)
+"""
+
+
+def test_an_error_of_all_ranks_saves_the_last_step(base, tmp_path, monkeypatch):
+    (tmp_path / "later.py").write_text(FAILS_LATER)
+    values = merge(base, {"reward.parts.score.function": f"{tmp_path}/later.py:gone", "iterations": 4,
+                          "run.save_every": 50, "run.eval_every": 50})  # fmt: skip
+    monkeypatch.setenv("GONE", "1")
+    process = begin(tmp_path, values, forks=False)
+    _, error = process.communicate(timeout=400)
+    assert process.returncode == 2, error
+    assert error.count("judge gone") == error.count("Step 3 is saved: mend what failed and go on with --resume") == 1
+    monkeypatch.delenv("GONE")
+    for words, folder in ((["--resume"], "run"), ([], "whole")):
+        process = begin(tmp_path, merge(values, {"run.dir": str(tmp_path / folder)}), *words)
+        assert process.wait(timeout=400) == 0, process.communicate()
+    cut, whole = (trained_weights(tmp_path / folder) for folder in ("run", "whole"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert [plain(r) for r in rows_of(tmp_path / "run/metrics.jsonl")] == [
+        plain(r) for r in rows_of(tmp_path / "whole/metrics.jsonl")
+    ]
+
+
+def test_an_error_of_one_rank_saves_nothing_and_holds_nobody_up(base, tmp_path):
+    (tmp_path / "later.py").write_text(FAILS_LATER)
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            merge(base, {"run.save_every": 50, "run.eval_every": 50, "iterations": 4, "parallel.timeout": 3600})
+        )
+    )
+    process = steersman(
+        f"{tmp_path}/later.py:OneRank", str(tmp_path / "recipe.yaml"), env={**os.environ}, forks=False
+    )
+    out, error = process.communicate(timeout=400)
+    assert "on this rank alone" in error + out
+    assert "Step 2 is not saved, since not every rank ended there by an error: nothing is saved" in error + out
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))

@@ -44,7 +44,7 @@ def experience(tmp_path):
         parts = {"reward.parts": {"s": {"function": f"{tmp_path / 'right.py'}:{reward}"}}}
         found = recipe(name, merge(values, parts | changes))
         roles = build_roles(found, torch.device("cpu"))
-        train = _prompts(found, roles.policy)[0]
+        train = _prompts(found, roles).train
         samples = roles.generate(train[:8], seed=(0, 0), n=4)
         scores = roles.score(samples)
         _, traj, _ = OnPolicy(found, roles, train, _Batches()).experience(samples, scores)

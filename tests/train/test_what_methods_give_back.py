@@ -65,6 +65,37 @@ class NotANumber(RLOO):
         return Advantage(adv)
 
 
+class Raises(RLOO):
+    def loss(self, logp, traj, adv, coef):
+        return logp / self.unknown
+
+
+class Exits(RLOO):
+    def loss(self, logp, traj, adv, coef):
+        raise SystemExit(0)
+
+
+class WritesAdvantage(RLOO):
+    def advantage(self, traj):
+        traj.mask.fill_(False)
+        return super().advantage(traj)
+
+
+class WritesLoss(RLOO):
+    def loss(self, logp, traj, adv, coef):
+        traj.reward.zero_()
+        return -(logp * adv)
+
+
+class OneBound(RLOO):
+    def clip_range(self):
+        return 1
+
+
+class NotEpochs(RLOO):
+    epochs: str = "two"
+
+
 class NoTarget(PPO):
     def advantage(self, traj):
         return Advantage(super().advantage(traj).adv)
@@ -84,6 +115,12 @@ FAULTS = {
     "Bare": "Bare.advantage gave a tensor of shape [8, ",
     "Whole": "Whole.advantage: adv is a tensor of torch.int64",
     "NotANumber": "NotANumber.advantage: the advantage of row 1, step 0 is nan",
+    "Raises": "Raises.loss: it raised AttributeError: 'Raises' object has no attribute 'unknown' (",
+    "Exits": "Exits.loss: it asked the process to end, by sys.exit(0)",
+    "WritesAdvantage": "WritesAdvantage.advantage changed traj.mask in place; work on a copy of it",
+    "WritesLoss": "WritesLoss.loss changed traj.reward in place",
+    "OneBound": "OneBound.clip_range gave 1; give (below, above), two numbers, or None",
+    "NotEpochs": "the setting epochs is 'two' by default, and every method's epochs must be so",
     "NoTarget": "NoTarget.advantage: ret, what the critic regresses to, is a NoneType",
 }
 
@@ -101,6 +138,9 @@ def test_a_language_models_loop_refuses_what_would_be_broadcast(name, tmp_path, 
     said = told(capsys)
     assert done == (0 if name == "Right" else 2), said
     assert FAULTS.get(name, "") in said
+    if name == "Raises":
+        assert "mine.py, line " in said
+        assert "in loss" in (tmp_path / "run" / "tracebacks.txt").read_text()
 
 
 def test_so_does_the_loop_on_gymnasium(tmp_path, capsys):

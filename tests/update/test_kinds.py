@@ -10,9 +10,11 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from steersman.model import LoraConfig, Policy, SharedCritic, tables_and_adapters
 from steersman.ops.rounding import stochastic
+from steersman.train.model_optimizer import model_optimizer
 from steersman.types import SteersmanError
 from steersman.update.kinds import half_gap, state_bytes
 from steersman.update.optimizer import Optimizer, OptimizerConfig
@@ -173,6 +175,31 @@ def test_muon_takes_matrices_and_leaves_tables_and_adapters_whatever_their_shape
     half = nn.Parameter(torch.randn(8, 24).bfloat16())
     (_, _, inner), *_ = Optimizer([half], config, 1, [half]).adamw.parts
     assert type(inner) is torch.optim.AdamW
+
+
+def test_biases_that_experts_have_stacked_and_the_rates_of_a_state_are_no_matrices():
+    """gpt-oss has a row of biases for each expert, Mamba a row of decay rates for each channel: `weight_decay` and
+    Muon act on matrices only. What transformers' Trainer exempts by its bias is exempt here."""
+    small = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 16}
+    families = {
+        "gpt_oss": (small | attention | {"num_local_experts": 4}, "gate_up_proj_bias"),
+        "mamba": (small | {"state_size": 8}, "A_log"),
+    }
+    for family, (settings, stacked) in families.items():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+        named = {id(p): (name, p) for name, p in model.named_parameters()}
+        assert any(name.endswith(stacked) and p.dim() == 2 for name, p in named.values())
+        made = model_optimizer(model, OptimizerConfig(weight_decay=0.1), 1)
+        decayed = {named[id(p)][0] for g in made.adamw.param_groups if g["weight_decay"] for p in g["params"]}
+        assert decayed
+        assert decayed == {
+            name for name, p in named.values() if p.dim() >= 2 and not name.endswith(("bias", ".A_log"))
+        }
+        muon, _ = model_optimizer(model, OptimizerConfig(kind="muon"), 1).adamw.parts
+        taken = {named[id(p)][0] for g in muon.param_groups for p in g["params"]}
+        assert taken
+        assert not any(name.endswith(("bias", ".A_log")) for name in taken)
 
 
 def test_stochastic_rounding_of_float16_is_refused():

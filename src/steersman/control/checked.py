@@ -7,7 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from steersman.guards.user_code import user_code
+from steersman.guards.raised import user_errors
 from steersman.types import SteersmanError
 
 LARGEST = 1e16
@@ -16,7 +16,7 @@ LARGEST = 1e16
 
 class Checked(gym.Wrapper):
     """Raises SteersmanError, naming environment, copy, episode and step, for a reward that is no finite number, an
-    observation that is not finite, and code that asks the process to end."""
+    observation that is not finite, what its code raises, and code that asks the process to end."""
 
     def __init__(self, env: gym.Env, copy: int) -> None:
         super().__init__(env)
@@ -26,13 +26,13 @@ class Checked(gym.Wrapper):
 
     def reset(self, **given: Any) -> tuple[Any, dict[str, Any]]:
         self.episode, self.steps = self.episode + 1, 0
-        with user_code(self._place()):
+        with user_errors(self._place()):
             obs, info = self.env.reset(**given)
         return self._observation(obs), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.steps += 1
-        with user_code(self._place()):
+        with user_errors(self._place()):
             obs, reward, terminated, truncated, info = self.env.step(action)
         return self._observation(obs), self._reward(reward), terminated, truncated, info
 

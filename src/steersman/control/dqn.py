@@ -71,15 +71,19 @@ class DQN:
         self.settings: DQNSettings = recipe.settings
         self.q = ActionValue(worlds.obs_size, worlds.actions, recipe.network).to(device)
         self.target = copy.deepcopy(self.q).requires_grad_(False)
-        self.optimizer = Optimizer(self.q.parameters(), recipe.optimizer, recipe.iterations * self.settings.updates)
+        # iterations that only fill the buffer make no update, and the schedule spans those that do
+        idle = -(-self.settings.learning_starts // (recipe.rollout.copies * recipe.rollout.steps)) - 1
+        total = (recipe.iterations - idle) * self.settings.updates
+        self.optimizer = Optimizer(self.q.parameters(), recipe.optimizer, total)
         self.replay = Replay(self.settings.replay, worlds.obs_size)
-        self.done, self.env_steps = 0, 0
+        self.done, self.env_steps, self.whole = 0, 0, True
 
     def iteration(self) -> Stats:
         """One pass through the loop."""
         settings, tally = self.settings, Tally()
         epsilon = self.epsilon()
         seen = collect(self.worlds, self.exploring(epsilon), self.recipe.rollout.steps)
+        self.whole = False
         self.replay.add(seen, settings.gamma, self.recipe.rollout.reward_scale)
         self.env_steps += int(seen.length.sum())
         if self.env_steps >= settings.learning_starts:
@@ -140,6 +144,9 @@ class DQN:
 
     def networks(self) -> dict[str, Any]:
         return {"q": self.q.state_dict()}
+
+    def position(self) -> dict[str, Any]:
+        return {"worlds": self.worlds.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
         return self.networks() | {

@@ -32,7 +32,7 @@ class ControlLoop:
         self.learner = self._learner()
         self.policy, self.critic = self.learner.policy, self.learner.critic
         self.coefficients = KLCoefficients(self.algorithm, recipe.rollout.copies)
-        self.done, self.env_steps = 0, 0
+        self.done, self.env_steps, self.whole = 0, 0, True
 
     def iteration(self) -> Stats:
         """One pass through the loop."""
@@ -40,6 +40,7 @@ class ControlLoop:
         obs, action, traj = self.experience(seen)
         advantage = advantage_of(self.algorithm, traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
+        self.whole = False
         stats = self.learner.update(obs, action, traj, advantage, self.coefficients.current(), order)
         return stats | self.observe(seen, traj, advantage.ret, stats)
 
@@ -102,6 +103,9 @@ class ControlLoop:
         """Weights of the policy and what it needs to see, for the file that a run leaves."""
         normaliser = None if self.normaliser is None else self.normaliser.state_dict()
         return {"policy": self.policy.state_dict(), "normaliser": normaliser}
+
+    def position(self) -> dict[str, Any]:
+        return {"worlds": self.worlds.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
         learner = self.learner

@@ -11,6 +11,7 @@ from pydantic import Field, create_model, model_validator
 from steersman.algorithms import ALGORITHMS
 from steersman.algorithms.base import Algorithm
 from steersman.algorithms.load import load_algorithm
+from steersman.config.overrides import apply_overrides
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
 from steersman.control.policies import NetworkConfig
@@ -209,10 +210,10 @@ def recipe_class(path: Path | None, overrides: list[str]) -> type[ControlRecipe]
 
 def _chosen(path: Path | None, overrides: list[str]) -> Any:
     """The value of `algorithm`; whatever else is wrong with the recipe is told when it is loaded."""
-    for i, word in enumerate(overrides):
-        key, equals, value = word.partition("=")
-        if key == "--algorithm":
-            return value if equals else overrides[i + 1] if i + 1 < len(overrides) else ""
+    given: dict[str, Any] = {}
+    apply_overrides(ControlRecipe, given, overrides)
+    if "algorithm" in given:
+        return given["algorithm"]
     if path is not None and path.is_file():
         try:
             data = load_yaml(path.read_text(encoding="utf-8-sig"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ def _networks(
 ) -> Stats:
     _preflight(session, recipe, state)
     session.begin(state, recipe.iterations)
+    look = partial(_look, session, recipe, make, state, recipe.evaluation.during)
+    session.make_up(look)
     for step in session.steps():
         stats = state.iteration()
-        if step % recipe.run.eval_every == 0:
-            stats |= _look(session, recipe, make, state, recipe.evaluation.during)
-        session.observe(step, stats)
+        session.observe(step, stats, look=look if step % recipe.run.eval_every == 0 else None)
     state.worlds.close()
     if session.stopped:
         raise StoppedError

@@ -28,6 +28,7 @@ class Tabular:
         self.settings: TabularSettings = recipe.settings
         self.rows = min(recipe.iterations, self.settings.episodes)
         self.learned: Learned | None = None
+        self.whole = True
 
     def learn(self, check: Callable[[], None]) -> None:
         """All episodes. `check` is called after every step, and ends the learning by what it raises."""
@@ -76,6 +77,9 @@ class Tabular:
             tell(f"the learned policy has no finite value: {error}")
             return {"optimum": optimum, "optimal": 0.0}
         return {"value": own, "optimum": optimum, "optimal": float(abs(own - optimum) <= 1e-9 * max(1, abs(optimum)))}
+
+    def position(self) -> dict[str, Any]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.learned is None else {"q": self.learned.q}

@@ -105,11 +105,12 @@ def _lines(summary: Summary, loaded: LoadedExamples, encoded: EncodedSet, laid: 
         )
     if summary.end_share < 1:
         lines.append(f"only {summary.end_share:.1%} of the answers have their end token in the loss")
-    return lines + count_lines({name: getattr(encoded, name) for name in COUNTED}, len(encoded.groups))
+    counts = {name: getattr(encoded, name) for name in COUNTED}
+    return lines + count_lines(counts, len(encoded.groups), specials_read=laid.codec.allow_special_tokens)
 
 
-def count_lines(counts: Mapping[str, int], rows: int) -> list[str]:
-    """What is said of the `COUNTED` of a set of `rows` rows."""
+def count_lines(counts: Mapping[str, int], rows: int, *, specials_read: bool) -> list[str]:
+    """What is said of the `COUNTED` of a set of `rows` rows; `specials_read` is `data.allow_special_tokens`."""
     lines = []
     if counts["dropped"] or counts["cut"]:
         share = counts["cut"] / rows
@@ -117,10 +118,12 @@ def count_lines(counts: Mapping[str, int], rows: int) -> list[str]:
     if counts["equal"]:
         lines.append(f"{counts['equal']:,} pairs left out: their answers are the same tokens")
     if counts["special"]:
-        lines.append(
-            f"{counts['special']:,} examples spell a special token; it is read as ordinary text unless "
-            "data.allow_special_tokens is true"
+        how = (
+            "as that token, since data.allow_special_tokens is true"
+            if specials_read
+            else "as ordinary text unless data.allow_special_tokens is true"
         )
+        lines.append(f"{counts['special']:,} examples spell a special token; it is read {how}")
     if counts["open_prompts"]:
         lines.append(
             f"{counts['open_prompts']:,} prompts end in white space, which splits off a token that models know "

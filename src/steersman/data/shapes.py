@@ -107,9 +107,10 @@ def kind_of(rows: list[Row], among: Sequence[Kind], formats: list[Format]) -> Ki
 def examples(shape: Shape, row: Row) -> Sequence[Example]:
     """The examples of the wanted kind that a row gives."""
     for name, column in shape.columns.items():
-        if column in row.data and name not in row.data:
-            row.data = row.data | {name: row.data[column]}
+        if name not in row.data:
             row.names = row.names | {name: column}
+            if column in row.data:
+                row.data = row.data | {name: row.data[column]}
     if shape.want == "query" and shape.format.as_query:
         return [with_tools(shape.format.as_query(row), row)]
     example = with_tools(shape.format.convert(row), row)

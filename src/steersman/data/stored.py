@@ -258,6 +258,7 @@ class Stored:
     ) -> None:
         self.folders, self.tables = list(folders), [_mapped(folder) for folder in folders]
         self.kind: Kind = kind
+        self.specials_read = config.allow_special_tokens
         self.about = [json.loads((folder / "set.json").read_text(encoding="utf-8")) for folder in folders]
         lengths = [np.load(folder / "lengths.npy") for folder in folders]
         sizes = [len(x) for x in lengths]
@@ -336,7 +337,7 @@ class Stored:
             f"read from {', '.join(map(str, self.folders))} ({size / 1e6:,.0f} MB on disk)",
             *dict.fromkeys(line for about in self.about for line in about["lines"]),
             *([self.left_out.sentence] if self.left_out.counts else []),
-            *count_lines(counts, len(self.places)),
+            *count_lines(counts, len(self.places), specials_read=self.specials_read),
         ]
         first = self.about[0]
         return Summary(

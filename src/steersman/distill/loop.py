@@ -18,16 +18,17 @@ from steersman.distill.rows import DistillSet
 from steersman.distill.teacher import Answer
 from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.ranks import ranks
-from steersman.model import tables_and_adapters, whole_weights
+from steersman.model import whole_weights
 from steersman.reward import Scores, ScoreShaping, WeightedSum
 from steersman.rollout import Generator
 from steersman.run.seed import stream
 from steersman.setup.generators import sample_on_all_ranks
+from steersman.train.model_optimizer import model_optimizer
 from steersman.train.offline import load_trainable, trainable
 from steersman.train.session import kept_state
 from steersman.train.tally import Tally
 from steersman.types import Prompt, Sample, Stats
-from steersman.update.optimizer import Optimizer, not_finite
+from steersman.update.optimizer import not_finite
 
 
 @dataclass(slots=True)
@@ -64,9 +65,9 @@ class Distill:
         steps = max(1, round(train.epochs * len(self.batches)))
         self.total = min(steps, train.max_steps or steps)
         student = objective.policy
-        self.optimizer = Optimizer(student.parameters(), recipe.optimizer, self.total, tables_and_adapters(student))
+        self.optimizer = model_optimizer(student, recipe.optimizer, self.total)
         self.order = self.batches.forever()
-        self.done = 0
+        self.done, self.whole = 0, True
 
     def step(self) -> tuple[Stats, list[Sample]]:
         """One update, on the student's own answers or on given ones."""
@@ -80,11 +81,14 @@ class Distill:
             answers, samples, stats = self.data.answers(rows, self.objective.teacher.text), [], {}
         stats |= self.update([a.after(self.recipe.loss.skip_first) for a in answers])
         self.done += 1
-        self.engine.update_weights(self.done)
         self.objective.teacher.follow(self.done)
         if samples:
             self.objective.teacher.forget(answers)
         return stats | {"time/step": time.monotonic() - started, "on_policy": float(bool(samples))}, samples
+
+    def publish(self) -> Stats:
+        """Hands the new weights to what samples."""
+        return self.engine.update_weights(self.done)
 
     def is_on_policy(self) -> bool:
         """Whether this update is on the student's own answers: a coin with a stream of its own for each step."""
@@ -144,7 +148,12 @@ class Distill:
             losses.append({"loss": loss.detach()})
             total += loss.detach() * part.weight
         ranks().agree(not_finite(losses))
+        self.whole = False
         return self.optimizer.step() | tally.means() | {"loss": float(ranks().sum(total.cpu(), "the loss"))}
+
+    def position(self) -> dict[str, Any]:
+        shaping = None if self.shaping is None else self.shaping.norm.state_dict()
+        return {"batches": self.batches.state_dict(), "shaping": shaping}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -152,8 +161,7 @@ class Distill:
             "model": kept_state(trainable(self.objective.policy)),
             "optimizer": self.optimizer.state_dict(),
             "teacher": self.objective.teacher.state_dict(),
-            "batches": self.batches.state_dict(),
-            "shaping": None if self.shaping is None else self.shaping.norm.state_dict(),
+            **self.position(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

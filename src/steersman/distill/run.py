@@ -6,8 +6,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from steersman.data import LoadedExamples
+from steersman.data.needed import loaded_with_needed
 from steersman.distill.alignment import OtherTokenizer
-from steersman.distill.average import MovingAverage
 from steersman.distill.endpoint import EndpointTeacher
 from steersman.distill.feedback import FeedbackPrompts
 from steersman.distill.loop import Distill
@@ -19,7 +19,7 @@ from steersman.distill.teacher_looks import TeacherLooks
 from steersman.evaluation import Evaluation
 from steersman.model import Policy
 from steersman.plan.memory import Model, SamplingLoad, announce, largest_load
-from steersman.reward import build_reward, columns_of
+from steersman.reward import build_reward
 from steersman.run.device import device_text
 from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
@@ -27,7 +27,9 @@ from steersman.setup.generators import open_generator
 from steersman.setup.models import policy_from, rate_text, save_model
 from steersman.setup.reference import Reference
 from steersman.train.looks import before_and_after, first_and_last
+from steersman.train.moving import MovingAverage
 from steersman.train.session import Session
+from steersman.types import Stats
 
 
 def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
@@ -37,21 +39,20 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         "distill", recipe, resume=resume, metric=watched, mode=mode, health=recipe.health,
         headline=("divergence", watched, "held_out/loss", "reward/total", "feedback/taught", "length/mean"),
     )  # fmt: skip
-    with session, ExitStack() as stack:
+    with ExitStack() as stack, session:  # what samples is still there when an error has the last step saved
         student = policy_from(recipe.model, recipe.run, session.device)
         model = None if recipe.teacher.path is None else local_model(recipe, student)
         rows = reader(recipe, student, None if model is None else model.separate)
         teacher = _teacher(recipe, student, model, rows)
         loaded = load(recipe)
+        reward = None
+        if recipe.reward is not None:
+            reward = build_reward(recipe.reward, student.tokenizer, session.device)
+            loaded = loaded_with_needed(loaded, reward.needs)
         train = rows.read(loaded.train)
         held = rows.read(loaded.held_out) if loaded.held_out else _last(train, recipe.rollout.held_out)
         limit = float(recipe.rollout.max_new_tokens)
         objective = Distillation(student, teacher, recipe.loss, limit=limit, reward_weight=recipe.reward_weight)
-        reward = None
-        if recipe.reward is not None:
-            reward = build_reward(recipe.reward, student.tokenizer, session.device)
-            for rows_read in filter(None, (train.prompts, held.prompts)):
-                reward.require_columns(columns_of(prompt.row for prompt in rows_read))
         engine = open_generator(recipe.rollout, student)
         stack.callback(engine.close)
         shown = recipe.teacher.feedback
@@ -64,21 +65,26 @@ def run(recipe: DistillRecipe, *, resume: bool = False) -> dict[str, Any]:
         engine.prepare(max(asked) + recipe.rollout.max_new_tokens)
         teacher.check(student.tokenizer, max(_longest_taught(recipe, train), _longest_taught(recipe, held)))
         session.begin(state, state.total)
+
+        def look() -> Stats:
+            return {**looks.look(session, session.step), **evaluation.look()}
+
         if session.start == 0:
-            session.observe(0, {**looks.look(session, 0), **evaluation.look()})
+            session.observe(0, look())
+        session.make_up(look)
         for step in session.steps():
             stats, samples = state.step()
-            if step % recipe.run.eval_every == 0 or step == state.total:
-                stats |= {**looks.look(session, step), **evaluation.look()}
-            session.observe(step, stats, [s.text for s in samples])
+            due = step % recipe.run.eval_every == 0 or step == state.total
+            texts = [s.text for s in samples]
+            session.observe(step, stats, texts, publish=state.publish, look=look if due else None)
         if session.stopped:
             return session.summary({})
         save_model(student, recipe.model, session.path / "model")
-        looks = before_and_after(*first_and_last(session))
-        if looks and not holds_out(dict(recipe.data)):
+        both = before_and_after(*first_and_last(session))
+        if both and not holds_out(dict(recipe.data)):
             session.log.note(NONE_HELD_OUT, style="yellow")
         measured = evaluation.of_saved(again=False)
-        return session.summary({"model": str(session.path / "model"), **looks, **measured})
+        return session.summary({"model": str(session.path / "model"), **both, **measured})
 
 
 def _watched(recipe: DistillRecipe) -> tuple[str, str]:

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from steersman.distill.average import MovingAverage, frozen_student
 from steersman.distill.recipe import DistillRecipe
 from steersman.model import Policy
 from steersman.model.layout import masked_indices, response_slots
@@ -18,6 +17,7 @@ from steersman.ops.divergence import Divergence, TeacherStates, TeacherTopK, lin
 from steersman.ops.logprob import Head
 from steersman.setup.models import policy_from
 from steersman.setup.reference import Reference, reference_from, same_tokens
+from steersman.train.moving import MovingAverage, copy_to_move
 from steersman.types import SteersmanError, Tokens
 
 
@@ -177,7 +177,7 @@ class AveragedTeacher(LocalTeacher):
         self.average.follow(done)
 
     def beside(self) -> list[nn.Module]:
-        return [self.average.wide] if len(self.average.wide) else []
+        return list(self.average.beside().values())
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.average.state_dict()
@@ -193,7 +193,7 @@ def local_model(recipe: DistillRecipe, student: Policy) -> Reference:
     if section.path == "live":
         return student
     if section.path == "ema":
-        return frozen_student(recipe, student)
+        return copy_to_move(student, recipe.model, recipe.run)
     config = recipe.model.model_copy(update={} if section.dtype == "same" else {"dtype": section.dtype})
     if section.path == "start":
         return reference_from("start", config, recipe.run, student)

@@ -99,6 +99,30 @@ class Waits:
                 f"{head}. This is call {self.calls}; {told}. A rank that is not waiting has died or hangs"
             ) from error
 
+    def ends_alike(self, how: str) -> bool:
+        """Whether every rank, after an error, comes here within a few seconds of the others, after as many calls and
+        with the same `how`: then all get True, and may make further calls together. Otherwise all get False.
+
+        It is no collective, since a rank that has no error may be waiting in one. Asked once in a run.
+        """
+        if self.world == 1:
+            return True
+        mine, places = f"{self.calls} {how}", [f"{self._place(rank)}/ends" for rank in range(self.world)]
+        try:
+            self.store.set(places[self.rank], mine)
+            alike = self._all_say(places, mine)
+            # The first to answer answers for all.
+            return self.store.compare_set(f"steersman/{self.where}/alike", "", str(alike)) == b"True"
+        except Exception:  # the store went with its rank
+            return False
+
+    def _all_say(self, places: list[str], what: str) -> bool:
+        try:
+            self.store.wait(places, timedelta(seconds=PATIENCE))
+        except RuntimeError:  # a rank did not come
+            return False
+        return all(self.store.get(place).decode() == what for place in places)
+
     def others(self) -> list[Other]:
         """Where every other rank was last, and whether it waits in vain as this one did, as far as the store can
         still be asked."""

@@ -11,8 +11,8 @@ from typing import Any
 
 from steersman.data.examples import Message
 from steersman.environments.classes import FaultError
+from steersman.environments.play import kept_of_fault, said_of_fault
 from steersman.environments.port import Answer, Call, Environment, Episode, Reply
-from steersman.environments.text import clean_text
 from steersman.guards.user_code import user_code
 from steersman.run.seed import sub_seed
 from steersman.types import Prompt, SteersmanError
@@ -103,10 +103,9 @@ def play_episode(environment: Environment, prompt: Prompt, number: int, max_turn
             _play(episode, player_of(environment), out, prompt, number, max_turns)
     except SteersmanError:
         raise
-    except FaultError as error:
-        out.fault = str(error)
     except (SystemExit, Exception) as error:
-        out.fault = f"{type(error).__name__}: {clean_text(str(error), 200)}"
+        fault = str(error) if isinstance(error, FaultError) else said_of_fault(error)
+        out.fault = f"{fault}{kept_of_fault('environment, one episode at random', error)}"
     return out
 
 

@@ -27,6 +27,7 @@ from steersman.environments.text import clean_text, reward_of
 from steersman.environments.tools import Tool, as_text, tools_of
 from steersman.guards.coroutines import await_result
 from steersman.guards.functions import load_function
+from steersman.guards.raised import place_of
 from steersman.types import SteersmanError
 
 OnError = Literal["tell", "end"]
@@ -143,7 +144,7 @@ class ToolEpisode:
         except (SystemExit, Exception) as error:
             if self.environment.on_error == "end":
                 raise FaultError(
-                    f"{tool.name} raised {type(error).__name__}: {clean_text(str(error), 200)}"
+                    f"{tool.name} raised {type(error).__name__}: {clean_text(str(error), 200)}{place_of(error)}"
                 ) from error
             return f"error: {type(error).__name__}: {clean_text(str(error), 500)}"
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
@@ -25,6 +26,7 @@ from steersman.environments.classes import FaultError
 from steersman.environments.config import EnvironmentConfig, open_environment
 from steersman.environments.port import Answer, Environment, Episode
 from steersman.environments.text import clean_text
+from steersman.guards.raised import place_of
 from steersman.types import SteersmanError
 
 
@@ -149,9 +151,14 @@ def _serve(environment: Environment, line: Connection) -> None:
         except SteersmanError as error:
             _tell(line, {"refused": str(error)})
         except FaultError as error:
-            _tell(line, {"fault": str(error)})
+            _tell(line, {"fault": str(error), "trace": _trace(error) if error.__cause__ is not None else ""})
         except BaseException as error:
-            _tell(line, {"fault": f"{type(error).__name__}: {clean_text(str(error), 300)}"})
+            fault = f"{type(error).__name__}: {clean_text(str(error), 300)}{place_of(error)}"
+            _tell(line, {"fault": fault, "trace": _trace(error)})
+
+
+def _trace(error: BaseException) -> str:
+    return clean_text("".join(traceback.format_exception(error)), 20_000)
 
 
 def _tell(line: Connection, value: Any) -> None:

@@ -20,6 +20,7 @@ from steersman.environments.conversation import Conversation, in_segments
 from steersman.environments.port import Answer, Episode, Reply
 from steersman.environments.text import clean_text
 from steersman.environments.workers import Job, TooLateError, Workers
+from steersman.guards.raised import keep_traceback, place_of
 from steersman.guards.user_code import user_code
 from steersman.rollout.sampling import Sampling
 from steersman.types import Progress, Prompt, Sample, SteersmanError
@@ -196,11 +197,7 @@ class Play:
         if isinstance(error, SteersmanError):
             raise error
         late = isinstance(error, TooLateError)
-        what = (
-            f"took longer than {config.time_limit:g} s"
-            if late
-            else f"{type(error).__name__}: {clean_text(str(error), 300)}"
-        )
+        what = f"took longer than {config.time_limit:g} s" if late else said_of_fault(error)
         if late:
             game.opened = Opened()  # its thread closes it once the call ends; a process of its own is ended already
         if game.talk is None and game.tries <= config.retries:
@@ -208,9 +205,10 @@ class Play:
             return self._begin(game)
         what = f"{'its beginning' if game.talk is None else f'turn {game.turns}'}: {what}"
         self.of.faults.append(what)
+        kept = kept_of_fault(f"environment, row {game.prompt.index}, {what}", error)
         if config.on_fault == "stop":
             raise SteersmanError(
-                f"environment, row {game.prompt.index}, {what} (environment.on_fault is stop)"
+                f"environment, row {game.prompt.index}, {what} (environment.on_fault is stop){kept}"
             ) from error
         if game.talk is not None and game.turns:
             spoken = game.talk if game.talk.turns else game.earlier[-1]
@@ -271,6 +269,18 @@ def _no_room(talk: Conversation, sampling: Sampling, limit: int) -> str:
         f"the episode begins with {len(talk.prompt.ids)} tokens, which with {sampling.max_new_tokens} of a reply are "
         f"more than {limit}"
     )
+
+
+def said_of_fault(error: BaseException) -> str:
+    """What is said of an episode's fault, with the line of the user's own file that raised it."""
+    own = "" if isinstance(error, FaultError) else place_of(error)
+    return f"{type(error).__name__}: {clean_text(str(error), 300)}{own}"
+
+
+def kept_of_fault(who: str, error: BaseException) -> str:
+    """Keeps the traceback of a fault, and says where; "" where it was not raised by code of the user's."""
+    told_only = isinstance(error, FaultError) and error.__cause__ is None and not hasattr(error, "__notes__")
+    return "" if told_only or isinstance(error, TooLateError) else keep_traceback(who, error)
 
 
 def close_episode(game: EpisodeInPlay) -> None:

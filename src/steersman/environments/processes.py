@@ -143,7 +143,10 @@ class Player:
         if "refused" in told:
             raise SteersmanError(told["refused"])
         if "fault" in told:
-            raise FaultError(told["fault"])
+            fault = FaultError(told["fault"])
+            if told["trace"]:
+                fault.add_note(told["trace"])  # a traceback is written with its notes
+            raise fault
         return told["told"]
 
     def end(self) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from steersman.data import Batches, Query, mixture, wraps
+from steersman.data import Batches, mixture, wraps
+from steersman.data.needed import with_needed
+from steersman.data.rows import BadRows
 from steersman.flywheel.players import Player, load_queries, text_of, usable
 from steersman.flywheel.refresh import refresh_judge
 from steersman.flywheel.sections import LoopRecipe
@@ -40,9 +42,11 @@ class Flywheel:
         self.ending, self.paths = Stopping(recipe.stop), list[str]()
         self.judge = self.open_judge(recipe.judge)
         self.gold = Scorer(recipe.watch, ledger.device) if recipe.watch else None
-        if self.gold is not None:
-            for queries in self._read():
-                self.gold.require_columns(query.columns for query in queries)
+        bad = BadRows(recipe.data.on_bad_row)
+        for needs in (self.judge.needs, *(() if self.gold is None else (self.gold.needs,))):
+            self.train, self.held = with_needed(self.train, needs, bad), with_needed(self.held, needs, bad)
+        if bad.counts:
+            ledger.log.note(bad.sentence)
         # Rows carry their prompts as turns already where the recipe wraps them.
         self.data = recipe.data.model_copy(update={"wrap_in_chat": False})
         self.start = self.player(recipe.model.path)
@@ -57,14 +61,7 @@ class Flywheel:
         """A judge, with its cache in the run folder."""
         ledger = self.ledger  # not the loop itself, which holds the judge
         stopping = lambda: bool(ledger.signal)  # noqa: E731
-        judge = SharedJudge(config, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
-        for queries in self._read():
-            judge.require_columns(query.columns for query in queries)
-        return judge
-
-    def _read(self) -> list[list[Query]]:
-        """The prompts, training ones apart from held ones."""
-        return [queries for queries in (self.train, self.held) if queries]
+        return SharedJudge(config, ledger.path / "judge.jsonl", stopping=stopping, device=ledger.device)
 
     def player(self, path: str, model: ModelConfig | None = None) -> Player:
         """The model at `path`, in the recipe's precision unless `model` says another; who opens it releases it."""

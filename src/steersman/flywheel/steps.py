@@ -22,6 +22,8 @@ from pydantic import Field, model_validator
 
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Query, encode_prompts, layout
+from steersman.data.needed import with_needed
+from steersman.data.rows import BadRows
 from steersman.flywheel.players import Player, load_queries
 from steersman.judge.scored import Scorer
 from steersman.model import context_length, step_ends
@@ -72,9 +74,10 @@ def run(recipe: StepLabelsRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Leaves steps.jsonl in the run folder, and returns the summary."""
     with Ledger("step-labels", recipe, resume=resume, rounds=0) as ledger:
         queries, _ = load_queries(recipe.data, 0, wrap=False)
-        queries = queries[: recipe.rollout.prompts]
-        scorer = Scorer(recipe.reward, ledger.device)
-        scorer.require_columns(query.columns for query in queries)
+        scorer, bad = Scorer(recipe.reward, ledger.device), BadRows(recipe.data.on_bad_row)
+        queries = with_needed(queries, scorer.needs, bad)[: recipe.rollout.prompts]
+        if bad.counts:
+            ledger.log.note(bad.sentence)
         player = Player(recipe.model, recipe.run, ledger.device)
         ledger.at_end(player.release)
         maker = Maker(recipe, player, queries, scorer)

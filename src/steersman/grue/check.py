@@ -10,7 +10,7 @@ from pathlib import Path
 from steersman.grue.cells import Cell, cells, check_stamp, reward_parts
 from steersman.grue.evaluate import corpus_value, metric_inputs, metrics_of
 from steersman.grue.recipe import GrueRecipe
-from steersman.grue.rows import TaskRows, task_rows
+from steersman.grue.rows import TaskRows, demonstrations, task_rows
 from steersman.grue.task import TASKS, Task, load_task
 from steersman.metrics import metric
 from steersman.reward import RewardConfig, build_reward
@@ -29,6 +29,8 @@ def check_matrix(recipe: GrueRecipe) -> tuple[list[Task], dict[str, TaskRows], l
     tasks: list[Task] = []
     for name in recipe.tasks:
         _collect(problems, lambda name=name: tasks.append(load_task(name)))
+    if recipe.data.source == "hub":
+        tasks = [task.of_original() for task in tasks]
     names = [task.name for task in tasks]
     problems += [f"tasks: two tasks are named '{n}'" for n in dict.fromkeys(names) if names.count(n) > 1]
     for name in recipe.per_task:
@@ -89,8 +91,12 @@ def _try_rewards(recipe: GrueRecipe, tasks: Sequence[Task], rows: dict[str, Task
     demands = any(c != "zero-shot" for c in recipe.methods)
     for task in tasks:
         table = rows[task.name]
-        if any(m.startswith("supervised") for m in recipe.methods) and not table.references:
-            raise SteersmanError(f"task {task.name}: supervised cells need references, and no training row has one")
+        for side, listed in (("training", table.train), ("held-out", table.held_out)):
+            if any(m.startswith("supervised") for m in recipe.methods) and not demonstrations(task, listed):
+                raise SteersmanError(
+                    f"task {task.name}: supervised cells need references to learn from, and none of the "
+                    f"{len(listed)} {side} rows has one"
+                )
         try:
             parts = RewardConfig.model_validate({"parts": reward_parts(recipe, task)})
             for part in parts.parts.values():

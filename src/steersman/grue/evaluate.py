@@ -104,7 +104,7 @@ def corpus_value(made: Metric, spec: Mapping[str, Any], texts: Sequence[str], ro
 def metric_inputs(made: Metric, spec: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, Any]:
     """What a metric needs beside the texts: columns of the rows; sources are the prompts.
 
-    Raises SteersmanError for a row without it.
+    Raises SteersmanError for a row without it, or with a value that the metric can not read.
     """
     out = {}
     for need in made.needs:
@@ -114,6 +114,10 @@ def metric_inputs(made: Metric, spec: Mapping[str, Any], rows: Sequence[Row]) ->
             if value is None or value in ([], ""):
                 raise SteersmanError(
                     f"metric '{made.name}' needs {need}, and a row has no {column}: {row['prompt'][:60]!r}"
+                )
+            if wrong := made.wrong_with(need, value):
+                raise SteersmanError(
+                    f"metric '{made.name}': {wrong} (column {column} of the row {row['prompt'][:60]!r})"
                 )
         out[need] = values
     return out

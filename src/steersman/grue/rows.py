@@ -26,10 +26,6 @@ class TaskRows:
     held_out: list[Row]
     note: str
 
-    @property
-    def references(self) -> int:
-        return sum(len(row["references"]) for row in self.train)
-
 
 def task_rows(task: Task, recipe: GrueRecipe) -> TaskRows:
     """Both splits of a task as the recipe asks for them.
@@ -63,8 +59,8 @@ def write_rows(folder: Path, task: Task, rows: TaskRows) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {
-        "demonstrations": [_demonstration(row, text) for row in rows.train for text in row["references"]],
-        "held-out-demonstrations": [_demonstration(row, text) for row in rows.held_out for text in row["references"]],
+        "demonstrations": demonstrations(task, rows.train),
+        "held-out-demonstrations": demonstrations(task, rows.held_out),
         "prompts": rows.train,
         "held-out": rows.held_out,
     }
@@ -80,8 +76,10 @@ def write_rows(folder: Path, task: Task, rows: TaskRows) -> None:
             write_atomic(path, text)
 
 
-def _demonstration(row: Row, text: str) -> Row:
-    return {"prompt": row["prompt"], "completion": text}
+def demonstrations(task: Task, rows: Iterable[Row]) -> list[Row]:
+    """What the supervised cells learn: each reference of the rows that are taught."""
+    taught = [row for row in rows if task.taught is None or task.taught(row)]
+    return [{"prompt": row["prompt"], "completion": text} for row in taught for text in row["references"]]
 
 
 def _smallest(rows: dict[str, Row], count: int) -> list[Row]:
@@ -138,8 +136,9 @@ def _original(task: Task, hub: Hub, split: str, folder: str | None) -> Iterable[
     try:
         for row in read_rows(place, subset=hub.subset, hub_split=hub.splits[split]):
             try:
-                yield from hub.rows(row.data)
-            except (KeyError, TypeError, IndexError) as error:
+                if hub.belongs is None or hub.belongs(row.data, split):
+                    yield from hub.rows(row.data)
+            except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise SteersmanError(
                     f"{row.where()}: not a row of {hub.name}: {type(error).__name__} {error}; it has the columns "
                     f"{', '.join(row.data)}"

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,10 @@ TASKS = {
 class Hub:
     """The original data set: its name and configuration on the hub, our splits as its splits, and how a row reads.
 
-    `rows` makes the task's rows, none, one or several, of one row of the set. `how_to_get` says where the set is to
-    be had if `datasets` does not load it by its name.
+    `rows` makes the task's rows, none, one or several, of one row of the set. `belongs(row, split)` says whether a
+    row of the set is in a split of ours, where two of ours share one of its. `rewards` and `metrics` stand in the
+    place of the task's where the original is read. `how_to_get` says where the set is to be had if `datasets` does
+    not load it by its name.
     """
 
     name: str
@@ -41,6 +43,9 @@ class Hub:
     rows: Callable[[Row], Iterable[Row]]
     subset: str | None = None
     how_to_get: str | None = None
+    belongs: Callable[[Row, str], bool] | None = None
+    rewards: Mapping[str, Mapping[str, Any]] | None = None
+    metrics: Mapping[str, Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,9 @@ class Task:
     gives the rows of a split from local files: a stand-in of the original's shape, or data of one's own.
     `rewards` and `metrics` are written as in a recipe: name -> {metric: ..., args: ..., columns: ...}, for rewards
     also builtin, function, model and weight. `generation` has fields of the recipe's `rollout` section. Rows of
-    one prompt become one row with all their references. `cut` names the field that is cut to its first `words`
-    words.
+    one prompt become one row with all their references and the other columns of the first. `taught` says of which
+    rows the references are demonstrations of the supervised cells; all are without it. `cut` names the field that
+    is cut to its first `words` words.
     """
 
     name: str
@@ -67,7 +73,15 @@ class Task:
     answer_prefix: str = " "
     cut: str | None = None
     words: int | None = None
+    taught: Callable[[Row], bool] | None = None
     notes: tuple[str, ...] = field(default=())
+
+    def of_original(self) -> Task:
+        """The task as it is where its original is read, with the original's own rewards and metrics."""
+        hub = self.original
+        if hub is None:
+            return self
+        return replace(self, rewards=hub.rewards or self.rewards, metrics=hub.metrics or self.metrics)
 
 
 def load_task(name: str) -> Task:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from steersman.guards.raised import place_of
 from steersman.guards.user_code import user_code
 from steersman.types import SteersmanError
 
@@ -38,6 +39,8 @@ def load_function(spec: str) -> Callable[..., Any]:
     else:
         problem = f"{where} has no '{name}'"
     hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(offered[:8]) or 'none'}"
+    if "." in name:
+        hint = "a method of a class can not be named; write a function that calls it"
     raise SteersmanError(f"function '{spec}': {problem}; {hint}")
 
 
@@ -86,4 +89,6 @@ def _from_module(name: str, spec: str) -> ModuleType:
 
 
 def _failed(spec: str, where: str, error: Exception) -> SteersmanError:
-    return SteersmanError(f"function '{spec}': importing {where} raised {type(error).__name__}: {error}")
+    return SteersmanError(
+        f"function '{spec}': importing {where} raised {type(error).__name__}: {error}{place_of(error)}"
+    )

@@ -9,12 +9,19 @@ from typing import Any
 
 from steersman.atomic import saving
 from steersman.jsonl import append_jsonl, read_jsonl
+from steersman.types import SteersmanError
 
 Reply = dict[str, Any]
 """What a judge answered, as JSON: {"text", "tokens", "cut"} of one that writes, {"logp", "tokens"} of one that
 weighs. `cut` says that the text was ended by a limit and not by its writer."""
 MOST_TOKENS = 10_000_000
 """Tokens that one request and its reply can cost; who says more is not believed."""
+
+
+class UnansweredError(SteersmanError):
+    """One question got no reply; others may get one. `refused`: the judge is there, and does not take this one."""
+
+    refused = False
 
 
 class ReplyCache:

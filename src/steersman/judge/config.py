@@ -86,6 +86,12 @@ class JudgeConfig(Section):
         description="a reply without a verdict. drop: leave the question out; tie: count it as a tie, or as the "
         "middle of the scale; stop: end with an error",
     )
+    on_failed: Literal["drop", "stop"] = Field(
+        default="drop",
+        description="a question that gets no reply: refused (status 400, 413 or 422), too long for a local judge, or "
+        "without a whole reply after all tries. drop: leave it out and name it, but stop where ten that were not "
+        "refused fail in a row, or where the judge replies to none; stop: end with an error",
+    )
     max_calls: int | None = Field(
         default=None,
         ge=1,

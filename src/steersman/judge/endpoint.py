@@ -16,12 +16,13 @@ from steersman.data.examples import Content, user
 from steersman.guards import retry
 from steersman.guards.reply import without_key
 from steersman.guards.untrusted import without_half_pairs
-from steersman.judge.cache import MOST_TOKENS, Reply
+from steersman.judge.cache import MOST_TOKENS, Reply, UnansweredError
 from steersman.judge.config import AddressConfig, EndpointConfig
 from steersman.types import SteersmanError
 
 Q = TypeVar("Q")
 R = TypeVar("R")
+Lose = Callable[[int, UnansweredError], SteersmanError | None]
 
 CUT = ("length", "content_filter")
 """Values of finish_reason that say that a reply was ended for its writer."""
@@ -29,8 +30,25 @@ LARGEST_REPLY = 8 << 20
 """Bytes of one reply, unpacked; what is longer is no reply."""
 
 
+OF_THE_QUESTION = (400, 413, 422)
+"""Statuses that refuse one question (its words, its length); another may well be answered."""
+OF_THE_SERVER = (429, 503, 529)
+"""Statuses of a server that takes no question at the time, whichever it is."""
+
+
 class RefusedError(SteersmanError):
     """The server answered by a status that says that it does not do what it was asked for."""
+
+
+class RefusedQuestionError(RefusedError, UnansweredError):
+    """The server refused this question."""
+
+    refused = True
+
+
+def end_the_run(_index: int, error: UnansweredError) -> SteersmanError | None:
+    """What becomes of a question without a reply where a caller does not say: the error ends the asking."""
+    return error
 
 
 class Caller(ABC, Generic[Q, R]):
@@ -60,15 +78,26 @@ class Caller(ABC, Generic[Q, R]):
     def read(self, raw: bytes, question: Q) -> R | None:
         """What a reply says; None where it is not what was asked for."""
 
-    def ask(self, questions: Sequence[Q], keep: Callable[[int, R], None], may_ask: Callable[[], bool]) -> None:
+    def ask(
+        self,
+        questions: Sequence[Q],
+        keep: Callable[[int, R], None],
+        may_ask: Callable[[], bool],
+        lose: Lose = end_the_run,
+    ) -> None:
         """Asks every question and gives each reply to `keep` as it comes; stops early where `may_ask` is False.
 
-        Raises SteersmanError where a request fails for good; replies that were under way then are kept first.
+        A question that got no reply goes to `lose`, which returns the error that is to end the asking, or None.
+        Raises that error, or SteersmanError where no question can be asked; replies that were under way then are
+        kept first.
         """
-        _run(self._ask(questions, keep, may_ask))
+        _run(self._ask(questions, keep, may_ask, lose))
 
-    async def _ask(self, questions: Sequence[Q], keep: Callable[[int, R], None], may_ask: Callable[[], bool]) -> None:
-        waiting, failure, given_up = list(range(len(questions)))[::-1], None, asyncio.Event()
+    async def _ask(
+        self, questions: Sequence[Q], keep: Callable[[int, R], None], may_ask: Callable[[], bool], lose: Lose
+    ) -> None:
+        waiting, given_up = list(range(len(questions)))[::-1], asyncio.Event()
+        failure: Exception | None = None
         running: dict[asyncio.Task[R], int] = {}
         # as many connections as `concurrency`: the library's own limit of 100 would have requests wait unsent
         no_limit = httpx2.Limits(max_connections=None)
@@ -83,25 +112,34 @@ class Caller(ABC, Generic[Q, R]):
                     return
                 done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
-                    index, error = running.pop(task), task.exception()
-                    if error is None:
-                        keep(index, task.result())
-                    else:
+                    index = running.pop(task)
+                    try:
+                        reply = task.result()
+                    except UnansweredError as error:
+                        failure = failure or lose(index, error)
+                    except Exception as error:  # told behind the replies that are under way
                         failure = failure or error
-                        given_up.set()
+                    else:
+                        keep(index, reply)
+                if failure is not None:
+                    given_up.set()
         if failure is not None:
             raise failure
 
     async def _one(self, client: httpx2.AsyncClient, question: Q, given_up: asyncio.Event) -> R:
-        trouble = ""
+        trouble, of_server = "", False
         for attempt in range(self.config.retries + 1):
-            response = None
+            response, of_server = None, False
             try:
                 response, raw = await self._post(client, question)
+            except httpx2.ConnectTimeout:
+                trouble, of_server = f"no connection within {self.config.timeout:g} seconds", True
             except (httpx2.TimeoutException, TimeoutError):
                 trouble = f"no reply within {self.config.timeout:g} seconds"
             except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
                 raise SteersmanError(self._message(f"no address that can be asked ({error})")) from error
+            except httpx2.ConnectError as error:
+                trouble, of_server = f"{type(error).__name__}: {error}", True
             except (httpx2.TransportError, httpx2.DecodingError) as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
@@ -113,9 +151,12 @@ class Caller(ABC, Generic[Q, R]):
                         return reply
                     trouble = f"a reply that is no {self.expected_form}: {self._quoted(raw, 120)}"
                 elif response.status_code in retry.AGAIN:
-                    trouble = f"status {response.status_code}"
+                    trouble, of_server = f"status {response.status_code}", response.status_code in OF_THE_SERVER
                 else:
-                    raise RefusedError(self._message(self._refused(response.status_code, raw)))
+                    refusal = self._message(self._refused(response.status_code, raw))
+                    if response.status_code in OF_THE_QUESTION:
+                        raise RefusedQuestionError(refusal)
+                    raise RefusedError(refusal)
             if attempt < self.config.retries:
                 self.retried += 1
                 try:
@@ -123,7 +164,8 @@ class Caller(ABC, Generic[Q, R]):
                     break
                 except TimeoutError:
                     pass
-        raise SteersmanError(self._message(f"{trouble}, after {self.config.retries + 1} tries"))
+        told = self._message(f"{trouble}, after {self.config.retries + 1} tries")
+        raise SteersmanError(told) if of_server else UnansweredError(told)
 
     async def _post(self, client: httpx2.AsyncClient, question: Q) -> tuple[httpx2.Response, bytes]:
         """The response and its body, cut right behind LARGEST_REPLY bytes.

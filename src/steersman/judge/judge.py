@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from steersman.data.examples import Content
 from steersman.distributed.ranks import ranks
+from steersman.guards.terminal import say
 from steersman.judge import prompts
-from steersman.judge.cache import Reply, ReplyCache, key_of
+from steersman.judge.cache import Reply, ReplyCache, UnansweredError, key_of
 from steersman.judge.config import JudgeConfig
-from steersman.judge.endpoint import Endpoint
+from steersman.judge.endpoint import Endpoint, Lose
 from steersman.judge.local import Local, expected, likeliest
 from steersman.judge.prompts import Question
 from steersman.judge.scored import Scorer, as_text
 from steersman.run.files.ledger import StoppedError
-from steersman.types import Stats, SteersmanError
+from steersman.types import Need, Stats, SteersmanError
+
+MOST_FAILED = 10
+"""Questions without a reply, one after another, behind which the judge and not the questions is to blame."""
 
 
 class InterruptedJudgeError(SteersmanError, StoppedError):
@@ -55,6 +59,9 @@ class Judge:
         self.local: Local | None = None
         self._load()
         self.scorer = Scorer(config.reward, device) if config.reward else None
+        self.failed: dict[Question, str] = {}
+        """Questions that the judge was asked and that got no reply, and why."""
+        self._failed_in_a_row = 0
         path = Path(config.cache) if config.cache is not None else cache
         self.cache = ReplyCache(None if self.scorer is not None else path)
         self.spent = Counter(calls=0, tokens=0)
@@ -66,10 +73,10 @@ class Judge:
         if self.config.local is not None:
             self.local = Local(self.config.local)
 
-    def require_columns(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Raises SteersmanError where the judge is a reward and needs a column that none of the rows has."""
-        if self.scorer is not None:
-            self.scorer.require_columns(rows)
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        """The columns that the judge, where it is a reward, needs of every prompt's row. Raises SteersmanError for
+        one that no row has."""
+        return [] if self.scorer is None else self.scorer.needs(rows)
 
     def compare(
         self, items: Sequence[tuple[Content, str, str]], columns: Sequence[dict[str, Any]] | None = None
@@ -78,8 +85,10 @@ class Judge:
 
         `columns` are the prompts' rows, for rewards that are functions of them.
 
-        Raises SteersmanError where the judge fails for good, the budget is spent, or a reply has no verdict and
-        the recipe says stop: what was judged is kept, and the same call goes on from there.
+        None, too, where a question got no reply and the recipe drops those.
+
+        Raises SteersmanError where the judge fails for good, the budget is spent, or a question has no reply, or a
+        reply no verdict, and the recipe says stop: what was judged is kept, and the same call goes on from there.
         """
         self.counts["comparisons"] += len(items)
         asked = [Question(as_text(p), a, b) for p, a, b in items]
@@ -126,7 +135,10 @@ class Judge:
             out = {f"judge/{k}": self.counts[k] / n for k in ("ties", "contradictions")}
         questions = self.counts["questions"]
         if questions:
-            out |= {f"judge/{k}": self.counts[k] / questions for k in ("unparsable", "cut", "unjudged", "claims")}
+            out |= {
+                f"judge/{k}": self.counts[k] / questions
+                for k in ("unparsable", "cut", "failed", "unjudged", "claims")
+            }
             if self.endpoint is not None:
                 out["judge/retries"] = self.endpoint.retried / questions
         return out
@@ -167,7 +179,7 @@ class Judge:
         self.counts["claims"] += prompts.claims(asked.first) or prompts.claims(asked.second or "")
         reply = replies.get(asked)
         if reply is None:
-            self.counts["unjudged"] += 1
+            self.counts["failed" if asked in self.failed else "unjudged"] += 1
             return None
         compares = asked.second is not None
         if "logp" in reply:
@@ -203,12 +215,30 @@ class Judge:
             asked = new[index]
             self.cache.add(keys[asked], reply, {"prompt": asked.prompt, "first": asked.first, "second": asked.second})
             self._pay(reply)
+            self.failed.pop(asked, None)
+            self._failed_in_a_row = 0
+
+        def lose(index: int, error: UnansweredError) -> SteersmanError | None:
+            asked = new[index]
+            self.failed[asked] = str(error)
+            self._failed_in_a_row = 0 if error.refused else self._failed_in_a_row + 1
+            told = type(error)(f"{error} (question on the prompt {asked.prompt[:80]!r})")
+            if self.config.on_failed == "stop":
+                return type(error)(f"{told}. To leave such questions out, set judge.on_failed to drop")
+            none = not self.cache.replies and len(self.failed) >= MOST_FAILED
+            if none or self._failed_in_a_row >= MOST_FAILED:
+                return told
+            say(f"left out: {told}")
+            return None
 
         try:
-            self._ask(new, texts, keep)
+            self._ask(new, texts, keep, lose)
+            lost = [q for q in new if q in self.failed]
+            if lost and not self.cache.replies:
+                raise SteersmanError(f"{self.failed[lost[0]]} (question on the prompt {lost[0].prompt[:80]!r})")
         except SteersmanError as error:
             raise type(error)(f"{error}. {self._kept(keys.values())}") from error
-        missing = [q for q in new if keys[q] not in self.cache]
+        missing = [q for q in new if keys[q] not in self.cache and q not in self.failed]
         if missing and self.stopping():
             raise InterruptedJudgeError(f"the judge was interrupted. {self._kept(keys.values())}")
         if missing and self.config.on_budget == "stop":
@@ -220,7 +250,7 @@ class Judge:
             )
         return {q: self.cache[k] for q, k in keys.items() if k in self.cache}
 
-    def _ask(self, new: list[Question], texts: list[str], keep: Callable[[int, Reply], None]) -> None:
+    def _ask(self, new: list[Question], texts: list[str], keep: Callable[[int, Reply], None], lose: Lose) -> None:
         if self.endpoint is not None:
             under_way = 0
 
@@ -232,12 +262,17 @@ class Judge:
                 under_way += 1
                 return True
 
+            def lose_unpaid(index: int, error: UnansweredError) -> SteersmanError | None:
+                nonlocal under_way
+                under_way -= 1
+                return lose(index, error)
+
             before = self.spent["calls"]
-            self.endpoint.ask(texts, keep, may_ask)
+            self.endpoint.ask(texts, keep, may_ask, lose_unpaid)
             return
         assert self.local is not None
         if self.config.local is not None and self.config.local.read == "text":
-            self.local.write(texts, keep, self._may_ask)
+            self.local.write(texts, keep, self._may_ask, lose)
             return
         for compares in (True, False):
             rows = [i for i, q in enumerate(new) if (q.second is not None) == compares]
@@ -247,6 +282,7 @@ class Judge:
                     self._verdicts(compares),
                     lambda r, reply, rows=rows: keep(rows[r], reply),
                     self._may_ask,
+                    lose=lambda r, error, rows=rows: lose(rows[r], error),
                 )
 
     def _verdicts(self, compares: bool) -> list[str]:

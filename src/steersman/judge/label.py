@@ -77,6 +77,8 @@ def run(recipe: LabelRecipe, *, resume: bool = False) -> dict[str, Any]:
             raise SteersmanError(f"{recipe.data.path}: {_none_labelled(judge, len(asked))}")
         if left_out.counts:
             ledger.log.note(left_out.sentence)
+        for item in _failed(judge, asked):
+            ledger.log.note(f"{item.row.file} row {item.row.number}: not labelled, for a question on it got no reply")
         stats = {"data/asked": len(asked), "data/labelled": len(rows), **judge.stats()}
         decided = [r for r in rows if r.get("agreement") == 1.0]
         if decided and all("chosen" in a.row.data for a in asked):
@@ -156,12 +158,19 @@ def _labelled(recipe: LabelRecipe, judge: Judge, asked: list[LabelItem]) -> Rows
     return [told[id(a)] | {"file": a.row.file, "row": a.row.number} for a in asked if id(a) in told]
 
 
+def _failed(judge: Judge, asked: list[LabelItem]) -> list[LabelItem]:
+    """The rows with a question that got no reply."""
+    failed = {(q.prompt, q.first) for q in judge.failed}
+    return [a for a in asked if any((as_text(a.prompt), text) in failed for text in a.texts())]
+
+
 def _none_labelled(judge: Judge, asked: int) -> str:
     """What the judge said of so many rows that none of them got a label."""
     counts = judge.counts
     told = {
         "replies without a verdict or grade": counts["unparsable"],
-        "questions without a reply": counts["unjudged"],
+        "questions without a reply": counts["failed"],
+        "questions that were not asked": counts["unjudged"],
         "pairs on which it said the other thing in the other order": counts["contradictions"],
         "ties (ties: keep labels them)": counts["ties"] - counts["contradictions"],
     }

@@ -10,11 +10,12 @@ import torch
 from steersman.data import Layout, template_ends
 from steersman.judge.cache import Reply
 from steersman.judge.config import LocalConfig
+from steersman.judge.endpoint import Lose, RefusedQuestionError, end_the_run
 from steersman.model import context_length, load_policy
 from steersman.rollout import Engine, Sampling
 from steersman.rollout.engine import end_ids
 from steersman.run.device import resolve_device
-from steersman.types import Prompt, SteersmanError, Tokens
+from steersman.types import Prompt, Tokens
 
 
 class Local:
@@ -43,42 +44,69 @@ class Local:
         verdicts: Sequence[str],
         keep: Callable[[int, Reply], None],
         may_ask: Callable[[], bool],
+        *,
+        lose: Lose = end_the_run,
     ) -> None:
-        """Gives `keep` the log-probability of every verdict after each text: {"logp": {verdict: nats}}."""
+        """Gives `keep` the log-probability of every verdict after each text: {"logp": {verdict: nats}}.
+
+        A text that is too long goes to `lose`, which returns the error that is to end the work, or None.
+        """
         said = [self.layout.codec.more(v if self.chats else f" {v}") for v in verdicts]
         begun = nearest_longer(said)
         for start in range(0, len(texts), self.config.batch):
             if not may_ask():
                 return
-            ids = [self._ids(text, max(map(len, said))) for text in texts[start : start + self.config.batch]]
+            rows = self._rows(texts, start, max(map(len, said)), lose)
+            if not rows:
+                continue
+            ids = list(rows.values())
             tokens = Tokens.from_ids([i for i in ids for _ in said], [s for _ in ids for s in said])
             with torch.no_grad():
                 logp = torch.where(tokens.mask, self.policy.logp(tokens).logp.cpu(), 0.0).sum(-1)
-            for row, told in enumerate(logp.view(len(ids), len(said)).tolist()):
+            for row, told in zip(rows, logp.view(len(ids), len(said)).tolist(), strict=True):
                 reply: Reply = {"logp": dict(zip(verdicts, whole(told, begun), strict=True))}
-                keep(start + row, reply | {"tokens": len(ids[row]) + 1})
+                keep(row, reply | {"tokens": len(rows[row]) + 1})
 
-    def write(self, texts: Sequence[str], keep: Callable[[int, Reply], None], may_ask: Callable[[], bool]) -> None:
-        """Gives `keep` what the model writes after each text: {"text": ..., "cut": whether the limit ended it}."""
+    def write(
+        self,
+        texts: Sequence[str],
+        keep: Callable[[int, Reply], None],
+        may_ask: Callable[[], bool],
+        lose: Lose = end_the_run,
+    ) -> None:
+        """Gives `keep` what the model writes after each text: {"text": ..., "cut": whether the limit ended it}.
+
+        A text that is too long goes to `lose`, as in `weigh`.
+        """
         sampling = Sampling(max_new_tokens=self.config.max_tokens, temperature=0.0)
         for start in range(0, len(texts), self.config.batch):
             if not may_ask():
                 return
-            part = texts[start : start + self.config.batch]
-            prompts = [Prompt(self._ids(t, self.config.max_tokens), t, index=i) for i, t in enumerate(part)]
-            for row, sample in enumerate(self.engine.generate(prompts, sampling)):
+            rows = self._rows(texts, start, self.config.max_tokens, lose)
+            prompts = [Prompt(ids, texts[row], index=i) for i, (row, ids) in enumerate(rows.items())]
+            for row, sample in zip(rows, self.engine.generate(prompts, sampling) if prompts else [], strict=True):
                 tokens = len(sample.prompt.ids) + len(sample.ids)
-                keep(start + row, {"text": sample.text, "tokens": tokens, "cut": sample.finish == "length"})
+                keep(row, {"text": sample.text, "tokens": tokens, "cut": sample.finish == "length"})
 
-    def _ids(self, text: str, room: int) -> list[int]:
-        ids, _ = self.layout.prompt(text)
-        if self.context is not None and len(ids) + room > self.context:
-            raise SteersmanError(
-                f"judge {self.config.path}: a question has {len(ids)} tokens, which with {room} for the reply is "
-                f"more than the model's context of {self.context}; shorten the answers or the judge's template, or "
-                "take a judge with a longer context"
+    def _rows(self, texts: Sequence[str], start: int, room: int, lose: Lose) -> dict[int, list[int]]:
+        """The ids of one batch's texts by their places, without those that leave no `room` for a reply."""
+        found: dict[int, list[int]] = {}
+        for row in range(start, min(start + self.config.batch, len(texts))):
+            ids, _ = self.layout.prompt(texts[row])
+            if self.context is None or len(ids) + room <= self.context:
+                found[row] = ids
+                continue
+            failure = lose(
+                row,
+                RefusedQuestionError(
+                    f"judge {self.config.path}: a question has {len(ids)} tokens, which with {room} for the reply is "
+                    f"more than the model's context of {self.context}; shorten the answers or the judge's template, "
+                    "or take a judge with a longer context"
+                ),
             )
-        return ids
+            if failure is not None:
+                raise failure
+        return found
 
 
 def nearest_longer(said: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -44,8 +44,11 @@ Grade:"""
 
 _SHARE = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}
 _MARKED = re.compile(r"\[\[([^\[\]]*)\]\]")
-_BARE = re.compile(r"(?:answer|verdict|grade|rating|score)? ?:? ?\** ?([abc]|tie|-?\d+(?:\.\d+)?) ?\**\.?", re.I)
-_CLAIM = re.compile(r"</answer\b|\[\[ ?(?:[abc]|tie|-?\d{1,6}(?:\.\d{1,6})?(?:/\d{1,6})?) ?\]\]", re.I)
+_BARE = re.compile(r"(?:answer|verdict|grade|rating|score)? ?:? ?([abc]|tie|-?\d+(?:\.\d+)?) ?\.?", re.I)
+_MARKDOWN = str.maketrans("*_#", "   ")
+_CLAIM = re.compile(
+    r"</answer\b|\[\[[ *_]{0,6}(?:[abc]|tie|-?\d{1,6}(?:\.\d{1,6})?(?:/\d{1,6})?)[ *_]{0,6}\]\]", re.I
+)
 _LONGEST_MARK, _LONGEST_BARE = 12, 64
 _HOLE = re.compile(r"\{(\w+)\}")
 
@@ -79,27 +82,37 @@ def claims(text: str) -> bool:
 def verdict(reply: str) -> float | None:
     """1 where the reply says A (the first answer), 0 for B, 0.5 for a tie; None where it says neither.
 
-    The last [[mark]] counts; without one the reply must be the verdict and nothing else.
+    The last [[mark]] counts, and says nothing where another one on its line says otherwise; without a mark the reply
+    must be the verdict and nothing else. Markdown's signs around a verdict do not matter.
     """
     found = _said(reply)
     return None if found is None else _SHARE.get(found.upper())
 
 
 def grade(reply: str, low: int, high: int) -> float | None:
-    """The grade that the reply gives; None where it gives none, or one outside the scale."""
-    found = _said(reply)
+    """The grade that the reply gives, read as `verdict` reads it; None where it gives none, one outside the scale, or
+    one out of another highest grade ("4/10" where `high` is 5)."""
+    told, _, out_of = (_said(reply) or "").partition("/")
     try:
-        value = float((found or "").split("/")[0])
+        value = float(told)
+        same_scale = not out_of or float(out_of) == high
     except ValueError:
         return None
-    return value if low <= value <= high else None
+    return value if same_scale and low <= value <= high else None
 
 
 def _said(reply: str) -> str | None:
     """The last mark, or the whole reply where it is nothing but a verdict; in time linear in the reply."""
-    marks = [mark for found in _MARKED.findall(reply) if 0 < len(mark := found.strip()) <= _LONGEST_MARK]
+    marks = {m.start(): mark for m in _MARKED.finditer(reply) if 0 < len(mark := _plain(m[1])) <= _LONGEST_MARK}
     if marks:
-        return marks[-1]
-    joined = " ".join(reply.split())
+        line = reply.rfind("\n", 0, max(marks))
+        said = {mark.upper() for start, mark in marks.items() if start > line}
+        return said.pop() if len(said) == 1 else None
+    joined = _plain(reply)
     bare = _BARE.fullmatch(joined) if len(joined) <= _LONGEST_BARE else None
     return bare[1] if bare else None
+
+
+def _plain(text: str) -> str:
+    """Without markdown's signs, and with single spaces."""
+    return " ".join(text.translate(_MARKDOWN).split())

@@ -25,7 +25,8 @@ from steersman.types import Sample, SteersmanError
 
 
 def grade(prompts: Sequence[str], completions: Sequence[str], *, judge: dict[str, Any]) -> list[float]:
-    """The judge's grade of each completion; the middle of the scale where its reply had none.
+    """The judge's grade of each completion; the middle of the scale where its reply had none, or there was
+    no reply (`on_failed: drop`).
 
     `judge` is a judge section. Raises SteersmanError where it is none, and as the judge does.
     """

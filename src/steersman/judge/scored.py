@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ import torch
 from steersman.data import Layout
 from steersman.data.examples import Content
 from steersman.model import load_tokenizer
-from steersman.reward import RewardConfig, RewardPart, WeightedSum, build_reward, columns_of
-from steersman.types import Prompt, Sample
+from steersman.reward import RewardConfig, RewardPart, WeightedSum, build_reward
+from steersman.types import Need, Prompt, Sample
 
 CHUNK = 256
 """About as many answers does a reward see at once."""
@@ -56,9 +56,9 @@ class Scorer:
                     out[name][i] = value
         return out
 
-    def require_columns(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Raises SteersmanError where a function needs a column that none of the prompts' rows has."""
-        self.reward.require_columns(columns_of(rows))
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        """The columns that the rewards need of every prompt's row. Raises SteersmanError for one that no row has."""
+        return self.reward.needs(rows)
 
     def describe(self) -> str:
         return self.reward.describe()

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from steersman.guards.raised import user_errors
 from steersman.guards.untrusted import LONE_SURROGATE
-from steersman.guards.user_code import user_code
 from steersman.ops.text import by_character, uncut, words
 from steersman.statistics.intervals import DRAWS, normal_interval, percentile_interval, resampled_sums
-from steersman.types import SteersmanError
+from steersman.types import SteersmanError, missing
 
 Cut = Literal["words", "space"]
 CUTS: dict[Cut, Callable[[str], list[str]]] = {"words": words, "space": lambda text: text.lower().split()}
@@ -65,6 +62,10 @@ class Metric(Protocol):
 
     @property
     def implementation(self) -> str: ...
+
+    def wrong_with(self, need: str, value: Any) -> str:
+        """What is wrong with a row's value of a need, such as "it is missing"; "" where nothing is."""
+        ...
 
     def score(
         self,
@@ -143,7 +144,7 @@ class Scorer(ABC):
                 f"so it can not be a reward; use it in an evaluation"
             )
         batch = self.checked(texts, references, sources, columns)
-        with name_errors(self.name):
+        with user_errors(f"metric '{self.name}'"):
             return finite(self.name, self.rows(batch), len(batch.texts)) if batch.texts else []
 
     def corpus(
@@ -156,13 +157,29 @@ class Scorer(ABC):
         batch = self.checked(texts, references, sources, columns)
         if not batch.texts:
             raise SteersmanError(f"metric '{self.name}': there is no text to judge")
-        with name_errors(self.name):
-            return self.over(batch)
+        with user_errors(f"metric '{self.name}'"):
+            found: Any = self.over(batch)
+        if not isinstance(found, Corpus):
+            raise SteersmanError(
+                f"metric '{self.name}': over gave {type(found).__name__}; give steersman.metrics.Corpus(value, low, "
+                "high, count), with NaN for low and high where there is no interval"
+            )
+        if not math.isfinite(found.value):
+            raise SteersmanError(
+                f"metric '{self.name}': the value over {len(batch.texts)} texts is {found.value}, not a finite number"
+            )
+        return found
 
     def over(self, batch: MetricInput) -> Corpus:
-        """The value of a checked batch: the mean of its scores, unless a metric says otherwise."""
+        """The value of a checked batch with its interval: the mean of its scores, unless a metric says otherwise."""
         scores = finite(self.name, self.rows(batch), len(batch.texts))
         return bootstrap(np.array([[s, 1.0] for s in scores]), lambda sums: sums[:, 0] / sums[:, 1], self.name)
+
+    def wrong_with(self, need: str, value: Any) -> str:
+        """See `Metric`. A metric that reads columns may say more of them than that a value must be there."""
+        if need == "references":
+            return self._wrong_references(value)
+        return missing(value)
 
     def checked(
         self,
@@ -199,49 +216,46 @@ class Scorer(ABC):
             )
 
     def _references(self, row: int, value: Any) -> list[str]:
-        """One reference or several as a list; each must be a text, or a number that answers a sum."""
-        value = str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
-        listed = [value] if isinstance(value, str) else value
-        place = f"metric '{self.name}', row {row}"
-        if not isinstance(listed, (list, tuple)) or not listed:
-            raise SteersmanError(f"{place}: the reference is {_kind(value)}; give a text or a list of texts")
+        """One reference or several as a list."""
+        wrong = self._wrong_references(value)
+        if wrong:
+            raise SteersmanError(f"metric '{self.name}', row {row}: {wrong}")
+        return _listed(value)
+
+    def _wrong_references(self, value: Any) -> str:
+        """What is wrong with one reference or a list of several, each a text, or one number that answers a sum."""
+        listed = _listed(value)
+        if not listed:
+            return f"the reference is {_kind(value)}; give a text or a list of texts"
         for reference in listed:
             if not isinstance(reference, str):
-                raise SteersmanError(f"{place}: a reference is {_kind(reference)}; give a text or a list of texts")
-            _check_characters(f"{place}: a reference", reference)
+                return f"a reference is {_kind(reference)}; give a text or a list of texts"
+            if found := _surrogate(reference):
+                return f"a reference {found}"
             if not self.empty_reference and not reference.strip():
-                raise SteersmanError(f"{place}: a reference is empty; leave it out or mend the data")
-        return list(listed)
+                return "a reference is empty; leave it out or mend the data"
+        return ""
 
 
-def finite(name: str, scores: Sequence[float], count: int) -> list[float]:
-    """The scores as floats; raises SteersmanError where one is missing or not finite, naming metric and row."""
+def finite(name: str, scores: Any, count: int) -> list[float]:
+    """The scores as floats; raises SteersmanError where they are no list (tuple, array, tensor), or one is missing or
+    not finite, naming metric and row."""
+    scores = scores.tolist() if isinstance(scores, np.ndarray | torch.Tensor) else scores
+    if not isinstance(scores, list | tuple):
+        given = type(scores).__name__
+        raise SteersmanError(f"metric '{name}': rows gave {given}; give a list of one number for each text")
     if len(scores) != count:
         raise SteersmanError(f"metric '{name}': gave {len(scores)} scores for {count} texts; give one each")
     values = []
     for row, score in enumerate(scores):
         try:
-            values.append(float(score))
+            values.append(math.nan if isinstance(score, str) else float(score))
         except (TypeError, ValueError):
             values.append(math.nan)
         if not math.isfinite(values[-1]):
-            raise SteersmanError(f"metric '{name}', row {row}: the score is {score}, not a finite number")
+            said = repr(score) if isinstance(score, str) else score
+            raise SteersmanError(f"metric '{name}', row {row}: the score is {said}, not a finite number")
     return values
-
-
-@contextmanager
-def name_errors(name: str) -> Iterator[None]:
-    """An error inside a metric becomes a SteersmanError with the metric's name and the line where it came up."""
-    try:
-        with user_code(f"metric '{name}'"):
-            yield
-    except (SteersmanError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise SteersmanError(
-            f"metric '{name}': {type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
-        ) from error
 
 
 def bootstrap(statistics: np.ndarray, value: Callable[[np.ndarray], np.ndarray], name: str) -> Corpus:
@@ -295,14 +309,32 @@ def check_script(
                 )
 
 
+def _listed(value: Any) -> list[Any]:
+    """One reference, text or number, or several, as a list; what is neither has none."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return [str(value)]
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return []
+
+
 def _check_characters(who: str, text: str) -> None:
     """Raises SteersmanError for half a surrogate pair, which is no character: no tokeniser and no file takes it."""
+    if found := _surrogate(text):
+        raise SteersmanError(f"{who} {found}")
+
+
+def _surrogate(text: str) -> str:
+    """What is wrong with a text that holds half a surrogate pair."""
     found = LONE_SURROGATE.search(text)
-    if found is not None:
-        raise SteersmanError(
-            f"{who} holds a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is no "
-            f"character; mend the data, or replace it with U+FFFD"
-        )
+    if found is None:
+        return ""
+    return (
+        f"holds a lone surrogate (U+{ord(found[0]):04X} at character {found.start()}), which is no character; mend "
+        "the data, or replace it with U+FFFD"
+    )
 
 
 def _kind(value: Any) -> str:

@@ -56,10 +56,7 @@ def load(kind: Any, path: str, name: str, device: str, layers: int | None = None
             path, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
-        raise SteersmanError(
-            f"metric '{name}': the model {path} does not load: {type(error).__name__}: {str(error).splitlines()[0]}"
-            + ("" if Path(path).exists() else f" There is no folder {path} here either (looked from {Path.cwd()})")
-        ) from error
+        raise _not_loaded(path, name, error) from error
     finally:
         logging.set_verbosity(verbosity)
         if bar:
@@ -71,6 +68,25 @@ def load(kind: Any, path: str, name: str, device: str, layers: int | None = None
             f"it is not a model of this kind"
         )
     return model.to(resolve_device(device)).eval().requires_grad_(False), tokenizer
+
+
+def label_names(path: str, name: str) -> dict[int, str]:
+    """The labels of a classifier by their numbers, of its configuration alone; raises SteersmanError naming metric
+    and path when it does not load."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return dict(config.id2label)
+    except Exception as error:
+        raise _not_loaded(path, name, error) from error
+
+
+def _not_loaded(path: str, name: str, error: Exception) -> SteersmanError:
+    return SteersmanError(
+        f"metric '{name}': the model {path} does not load: {type(error).__name__}: {str(error).splitlines()[0]}"
+        + ("" if Path(path).exists() else f" There is no folder {path} here either (looked from {Path.cwd()})")
+    )
 
 
 def room(model: Any, tokenizer: Any) -> int:

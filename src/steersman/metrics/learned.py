@@ -12,50 +12,90 @@ import torch
 from torch import Tensor
 
 from steersman.metrics.core import Better, Corpus, MetricInput, Scorer, bootstrap
-from steersman.metrics.encoders import fit, in_batches, load, room
-from steersman.types import SteersmanError
+from steersman.metrics.encoders import fit, in_batches, label_names, load, room
+from steersman.types import SteersmanError, missing
 
 
 @dataclass
 class Classifier(Scorer):
     """A sequence classifier's probability of one label, or a regressor's value (one output: `label` not given).
 
-    `label` is a name or number of the model's own; `output: logit` gives its score before the softmax (sigmoid
-    for multi-label models). `beside` makes pairs: `reference` (BLEURT's way: reference first, best of several),
-    or `source`. Raises SteersmanError when the model does not load, has no trained head or no such label.
+    `label` is a name or number of the model's own; `label_column` in its place names the column of the data that
+    holds each row's. `output: logit` gives the label's score before the softmax (sigmoid for multi-label models),
+    `output: accuracy` 1 where the label is the likeliest of all (multi-label: likelier than not), else 0. `beside`
+    makes pairs: `reference` (BLEURT's way: reference first, best of several), or `source`; with `joined` the source
+    and the text are one text, with a space between them where the text begins with a letter or digit. `truncate`
+    cuts what is too long at its end, a joined text at its beginning.
+
+    Raises SteersmanError when the model does not load, has no trained head or no such label, and for a row whose
+    label the model does not have.
     """
 
     path: str
     label: str | int | None = None
-    output: Literal["probability", "logit"] = "probability"
-    beside: Literal["nothing", "reference", "source"] = "nothing"
+    output: Literal["probability", "logit", "accuracy"] = "probability"
+    beside: Literal["nothing", "reference", "source", "joined"] = "nothing"
     batch_size: int = 64
     truncate: bool = False
     device: str = "auto"
+    label_column: str | None = None
     name = "classifier"
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.label_column is not None:
+            raise ValueError("label and label_column are both given; give one of them")
+        if self.label_column in ("references", "sources"):
+            raise ValueError(f"label_column is '{self.label_column}', which holds texts; name the column of labels")
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        return {"nothing": (), "reference": ("references",), "source": ("sources",)}[self.beside]
+        beside = {"nothing": (), "reference": ("references",), "source": ("sources",), "joined": ("sources",)}
+        return (*beside[self.beside], *(() if self.label_column is None else (self.label_column,)))
 
     @property
     def implementation(self) -> str:
-        what = "value" if self.label is None else f"{self.output} of {self.label}"
+        label = self.label if self.label_column is None else f"the label in {self.label_column}"
+        what = "value" if label is None else f"{self.output} of {label}"
         return f"transformers AutoModelForSequenceClassification, {self.path}, {what}, beside: {self.beside}"
 
+    def wrong_with(self, need: str, value: Any) -> str:
+        if need != self.label_column:
+            return super().wrong_with(need, value)
+        return missing(value) or ("" if self._has(value) else f"{self.path} has no label {value!r}; {self._known}")
+
     def rows(self, batch: MetricInput) -> Sequence[float]:
+        labels = self._labels(batch)
         if self.beside == "reference":
             pairs = [(r, t) for t, listed in zip(batch.texts, batch.references, strict=True) for r in listed]
-            scores, out = iter(self._scores(pairs)), []
+            each = [i for i, listed in zip(labels, batch.references, strict=True) for _ in listed]
+            scores, out = iter(self._scores(pairs, each)), []
             for listed in batch.references:
                 out.append(max(next(scores) for _ in listed))
             return out
         if self.beside == "source":
-            return self._scores(list(zip(batch.sources, batch.texts, strict=True)))
-        return self._scores([(text,) for text in batch.texts])
+            return self._scores(list(zip(batch.sources, batch.texts, strict=True)), labels)
+        if self.beside == "joined":
+            joined = zip(batch.sources, batch.texts, strict=True)
+            return self._scores([(_joined(source, text),) for source, text in joined], labels)
+        return self._scores([(text,) for text in batch.texts], labels)
 
-    def _scores(self, parts: Sequence[tuple[str, ...]]) -> list[float]:
-        model, tokenizer, index = self._model
+    def _labels(self, batch: MetricInput) -> list[int | None]:
+        """Each row's label as its number in the model; None for a regressor."""
+        if self.label_column is None:
+            if self.label is None and len(self._names) == 1 and self.output != "accuracy":
+                return [None] * len(batch.texts)
+            if not self._has(self.label):
+                said = "no label is given" if self.label is None else f"it has no label '{self.label}'"
+                raise SteersmanError(f"metric '{self.name}': {self.path}: {said}; {self._known}")
+            return [self._number[self.label]] * len(batch.texts)
+        column = batch.columns[self.label_column]
+        for row, label in enumerate(column):
+            if wrong := self.wrong_with(self.label_column, label):
+                raise SteersmanError(f"metric '{self.name}', row {row}, {self.label_column}: {wrong}")
+        return [self._number[label] for label in column]
+
+    def _scores(self, parts: Sequence[tuple[str, ...]], labels: Sequence[int | None]) -> list[float]:
+        model, tokenizer = self._model
         limit = room(model, tokenizer)
         cut: dict[str, Any] = {"truncation": True, "max_length": limit} if self.truncate else {}
         encoded = [tokenizer(*part, **cut) for part in parts]
@@ -74,33 +114,56 @@ class Classifier(Scorer):
                 inputs["token_type_ids"] = kinds
             if model.config.pad_token_id is not None:
                 inputs["input_ids"] = padded.masked_fill(mask == 0, model.config.pad_token_id)
-            return self._read_out(model(**inputs).logits.float(), index).tolist()
+            return self._read_out(model(**inputs).logits.float(), [labels[i] for i in rows]).tolist()
 
         size = self.batch_size if model.config.pad_token_id is not None else 1
         return in_batches(ids, read, size, model.device)
 
-    def _read_out(self, logits: Tensor, index: int | None) -> Tensor:
-        if index is None:
-            return logits[:, 0]
-        if self.output == "logit":
-            return logits[:, index]
+    def _read_out(self, logits: Tensor, labels: Sequence[int | None]) -> Tensor:
+        index = torch.tensor([label or 0 for label in labels], device=logits.device)
+        own = logits.gather(1, index[:, None])[:, 0]  # of a regressor its one output
+        if labels[0] is None or self.output == "logit":
+            return own
         many = self._model[0].config.problem_type == "multi_label_classification"
-        return (logits.sigmoid() if many else logits.softmax(-1))[:, index]
+        if self.output == "accuracy":
+            return (own > 0).float() if many else (logits.argmax(-1) == index).float()
+        return own.sigmoid() if many else logits.softmax(-1).gather(1, index[:, None])[:, 0]
 
     @cached_property
-    def _model(self) -> tuple[Any, Any, int | None]:
+    def _model(self) -> tuple[Any, Any]:
         from transformers import AutoModelForSequenceClassification
 
         model, tokenizer = load(AutoModelForSequenceClassification, self.path, self.name, self.device)
-        names: dict[int, str] = model.config.id2label
-        if self.label is None and len(names) == 1:
-            return model, tokenizer, None
-        listed = ", ".join(f"{i}: {n}" for i, n in sorted(names.items()))
-        found = [i for i, n in names.items() if self.label is not None and self.label in (i, n, str(i))]
-        if not found:
-            said = "no label is given" if self.label is None else f"it has no label '{self.label}'"
-            raise SteersmanError(f"metric '{self.name}': {self.path}: {said}; its labels are {listed}")
-        return model, tokenizer, found[0]
+        if self.beside == "joined":
+            tokenizer.truncation_side = "left"
+        return model, tokenizer
+
+    @cached_property
+    def _names(self) -> dict[int, str]:
+        return label_names(self.path, self.name)
+
+    @cached_property
+    def _number(self) -> dict[Any, int]:
+        """The number of each label by its name, its number and its number as text."""
+        out: dict[Any, int] = {}
+        for number, name in sorted(self._names.items()):
+            for key in (number, name, str(number)):
+                out.setdefault(key, number)
+        return out
+
+    @property
+    def _known(self) -> str:
+        return "its labels are " + ", ".join(f"{i}: {n}" for i, n in sorted(self._names.items()))
+
+    def _has(self, label: Any) -> bool:
+        return isinstance(label, str | int) and not isinstance(label, bool) and label in self._number
+
+
+def _joined(source: str, text: str) -> str:
+    """Both as one text; a space is put between where the text begins with a letter or digit right behind the
+    source, as one does that was stripped."""
+    gap = " " if source and not source[-1].isspace() and text[:1].isalnum() else ""
+    return source + gap + text
 
 
 @dataclass

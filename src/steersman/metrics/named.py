@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,7 +15,7 @@ from steersman.guards.functions import load_function
 from steersman.metrics.answers import ConceptCoverage, ExactMatch, MathAnswer, TokenF1
 from steersman.metrics.bertscore import BERTScore
 from steersman.metrics.cider import CIDEr
-from steersman.metrics.core import Metric, Scorer
+from steersman.metrics.core import Better, Metric, Scorer
 from steersman.metrics.diversity import MSTTR, Distinct, Entropy, Length, Repetition, Unique
 from steersman.metrics.ifeval import IFEval
 from steersman.metrics.java import METEOR15, spice
@@ -83,9 +83,20 @@ def metric(name: str, settings: Mapping[str, Any] | None = None) -> Metric:
         raise SteersmanError(
             f"metric '{name}': it makes {type(made).__name__}, which is no metric; subclass steersman.metrics.Scorer"
         )
+    _check_facts(name, made)
     if isinstance(made, Scorer):
         require(f"metric '{name}'", *made.libraries)
     return made
+
+
+def _check_facts(name: str, made: Metric) -> None:
+    """Raises SteersmanError for what a class of a user's own says of its metric and can not be."""
+    if made.better not in get_args(Better):
+        known = ", ".join(get_args(Better))
+        raise SteersmanError(f"metric '{name}': better is {made.better!r}; it is one of {known}")
+    needs: Any = made.needs
+    if not isinstance(needs, tuple | list) or not all(isinstance(need, str) for need in needs):
+        raise SteersmanError(f"metric '{name}': needs is {needs!r}; give a tuple of names, as in (\"references\",)")
 
 
 def settings_of(factory: Callable[..., Metric]) -> dict[str, inspect.Parameter]:

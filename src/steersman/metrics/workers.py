@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from steersman.metrics.core import Better, Corpus, Metric, MetricInput, Scorer
+from steersman.metrics.core import Better, Corpus, Metric, MetricInput, Scorer, finite
 from steersman.metrics.named import metric
 from steersman.types import SteersmanError
 
@@ -41,6 +41,9 @@ class Parallel(Scorer):
     @property
     def implementation(self) -> str:
         return f"{self.inner.implementation}; {self.workers} workers"
+
+    def wrong_with(self, need: str, value: Any) -> str:
+        return self.inner.wrong_with(need, value)
 
     def rows(self, batch: MetricInput) -> Sequence[float]:
         n = len(batch.texts)
@@ -82,7 +85,7 @@ def _score(batch: MetricInput, first: int) -> list[float]:
     """Scores of a run of rows; a row that a message names is counted from the whole batch's start."""
     assert isinstance(_worker, Scorer)
     try:
-        return [float(s) for s in _worker.rows(batch)]
+        return finite(_worker.name, _worker.rows(batch), len(batch.texts))
     except SteersmanError as error:
         where = "" if first == 0 else f" (counted from row {first} of the batch)"
         raise SteersmanError(f"{error}{where}") from None

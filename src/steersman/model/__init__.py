@@ -17,7 +17,7 @@ from steersman.model.scratch import fresh_policy
 from steersman.model.shape import SIZES, Adapted, Shape, adapted, attributes_of, shape_of
 from steersman.model.shard import as_local_shards, place, place_head, whole_state, whole_weights
 from steersman.model.share import SharedBase, frozen_copy
-from steersman.model.tables import tables_and_adapters
+from steersman.model.tables import stacked_vectors, tables_and_adapters
 
 __all__ = [
     "GENERAL",
@@ -59,6 +59,7 @@ __all__ = [
     "save",
     "saved_lora",
     "shape_of",
+    "stacked_vectors",
     "step_ends",
     "tables_and_adapters",
     "whole_state",

@@ -20,10 +20,11 @@ ROOT = "base_model.model."
 """What peft puts before every name."""
 
 FREE = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
-    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "modules_to_save", "peft_type", "peft_version", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save", "peft_type",
+    "peft_version", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "target_parameters",
+    "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 """Settings of peft that leave an adapter what is added up here: s B A on a layer's weight or on one that is no
 layer's, with DoRA's lengths, and modules in a copy."""
@@ -88,6 +89,16 @@ def saved_lora(path: str) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+def keeps_ties(path: str) -> bool:
+    """Whether the adapters in a folder keep embeddings and output layer one matrix where they are trained whole; true
+    of a path that is no folder of adapters, since those that a run puts on do."""
+    try:
+        told = json.loads((Path(path).expanduser() / CONFIG).read_text())
+    except (OSError, ValueError):
+        return True
+    return isinstance(told, dict) and told.get("ensure_weight_tying") is True
+
+
 @unquantised()
 def adapter_settings(source: str, *, trainable: bool) -> Any:
     """The folder's settings as peft has them, without dropout.
@@ -108,6 +119,8 @@ def adapter_settings(source: str, *, trainable: bool) -> Any:
         for f in fields(found)
         if f.name not in FREE and (getattr(found, f.name) or None) != (getattr(plain, f.name, None) or None)
     ]  # fmt: skip
+    if found is not None and found.ensure_weight_tying and not found.modules_to_save:
+        odd.append("ensure_weight_tying of target_modules")  # an adapter on the output layer
     if found is not None and found.init_lora_weights not in STARTS:
         odd.append(f"init_lora_weights: {found.init_lora_weights}")
     if found is None or odd:

@@ -78,6 +78,7 @@ def put_adapters(scalar: Any, source: str) -> None:
     inside = [f".{name}" for name, _ in scalar.trunk.named_modules()]
     whole = [name for name in config.modules_to_save or () if any(x.endswith(f".{name}") for x in inside)]
     config.task_type, config.modules_to_save = "FEATURE_EXTRACTION", whole or None
+    config.ensure_weight_tying = False  # the trunk has no output layer
     with fitting(source, scalar.model):
         peft.inject_adapter_in_model(config, scalar.trunk)
     settle(scalar.trunk)

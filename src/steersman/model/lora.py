@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -40,10 +40,11 @@ class LoraConfig:
 
     `targets` are names of linear layers or of the stacked matrices of experts (`gate_up_proj`), a regular expression
     over whole names, or "all-linear" for all of them but the output layer and what routes tokens to experts. Each
-    expert has an A and a B of its own. `train_whole` names modules that are trained as they are, in a copy. `dropout`
-    acts on what the adapters read, where gradients are asked for and nowhere else: the log-probabilities of training
-    are random then. `dora` learns each row's length beside its direction; `rslora` scales by alpha / sqrt(r). Neither
-    `dropout` nor `dora` goes with experts.
+    expert has an A and a B of its own. `train_whole` names modules that are trained as they are, in a copy; where
+    embeddings and output layer are one matrix, so is their copy, whichever of them is named. `dropout` acts on what
+    the adapters read, where gradients are asked for and nowhere else: the log-probabilities of training are random
+    then. `dora` learns each row's length beside its direction; `rslora` scales by alpha / sqrt(r). Neither `dropout`
+    nor `dora` goes with experts.
 
     Source: arXiv 2106.09685, section 4.1; DoRA 2402.09353, eq. 5; rsLoRA 2312.03732, section 3.
     """
@@ -57,15 +58,17 @@ class LoraConfig:
     train_whole: tuple[str, ...] = ()
 
 
-def add_lora(model: Any, config: LoraConfig) -> PeftModel:
-    """Puts adapters on the model in place; everything else is frozen.
+def add_lora(model: Any, config: LoraConfig, *, tied: bool = True) -> PeftModel:
+    """Puts adapters on the model in place; everything else is frozen. Without `tied` a matrix that two modules share
+    becomes two where one of them is trained whole, as it did in adapters that others saved so.
 
     Raises SteersmanError where `targets` match no layer, or the output layer, and where dropout or DoRA is asked for
     on experts.
     """
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     with _naming_targets(model, config):
-        adapters = with_adapters(model, _settings(model, config, task))
+        settings = _settings(model, config, task)
+        adapters = with_adapters(model, settings) if not tied else _with_tied_adapters(model, settings)
     settle(model)
     _require_mergeable(model)
     _require_plain_output(model)
@@ -74,13 +77,53 @@ def add_lora(model: Any, config: LoraConfig) -> PeftModel:
 
 @unquantised()
 def with_adapters(model: Any, settings: Any) -> PeftModel:
-    """The model with adapters of peft's `settings` in it, without peft's warning that it asks transformers for a
-    property by its former name, which is no user's business."""
+    """The model with adapters of peft's `settings` in it, without peft's warnings of what is no user's business: that
+    it asks transformers for a property by its former name, and that it has a setting for tied weights."""
     import peft
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`", UserWarning)
         return peft.get_peft_model(model, settings)  # type: ignore[return-value]
+
+
+def _with_tied_adapters(model: Any, settings: Any) -> PeftModel:
+    """`with_adapters`, where embeddings and output layer that share a matrix share the copy that is trained too. The
+    settings name both then, and peft, which ties by `ensure_weight_tying`, loads what is saved so as it is."""
+    tables = _tied_tables(model)
+    tied = bool(_matched(tables, settings.modules_to_save))
+    if tied:
+        settings.modules_to_save = _with_both(tables, settings.modules_to_save)
+    settings.ensure_weight_tying = False  # peft gives the output layer a new module, without its bias
+    adapters: Any = with_adapters(model, settings)
+    if tied:
+        first, second = (model.get_submodule(name).modules_to_save["default"] for name in tables)
+        second.weight = first.weight
+        adapters.peft_config["default"].ensure_weight_tying = True
+    return adapters
+
+
+def _tied_tables(model: Any) -> list[str]:
+    """Names of the embeddings and the output layer where they are one matrix. None of an encoder-decoder, where more
+    modules share it, and none of them can be trained whole."""
+    if model.config.is_encoder_decoder:
+        return []
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or table.weight is not head.weight:
+        return []
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(table)], names[id(head)]]
+
+
+def _matched(names: Iterable[str], wanted: Iterable[str] | None) -> list[str]:
+    """Those of the modules' names that `wanted` ask for, by their ends, as peft reads them."""
+    return [name for name in names if any(name.endswith(end) for end in wanted or ())]
+
+
+def _with_both(tables: list[str], wanted: Iterable[str]) -> list[str]:
+    """`wanted`, with the names of the tables that it does not match yet."""
+    wanted = list(wanted)
+    return [*wanted, *(name for name in tables if name not in _matched(tables, wanted))]
 
 
 @unquantised()
@@ -191,7 +234,8 @@ def load_lora(model: Any, folder: str, *, trainable: bool) -> PeftModel:
 
     settings, saved = adapter_settings(folder, trainable=trainable), adapter_tensors(folder)
     with fitting(folder, model):
-        adapters: Any = with_adapters(model, settings)
+        tied = settings.ensure_weight_tying
+        adapters: Any = (_with_tied_adapters if tied else with_adapters)(model, settings)
     settle(model)
     if odd := adapters_left_out(model):
         raise not_plain_layers(folder, odd)
@@ -232,8 +276,9 @@ def go_on(model: nn.Module, settings: Any, asked: LoraConfig) -> list[str]:
         "alpha": (settings.lora_alpha, asked.alpha),
         "dora": (settings.use_dora, asked.dora),
         "rslora": (settings.use_rslora, asked.rslora),
-        "train_whole": (sorted(settings.modules_to_save or []), sorted(asked.train_whole)),
     }
+    if _trained_whole(model) != _asked_whole(model, asked, tied=settings.ensure_weight_tying):
+        pairs["train_whole"] = (sorted(settings.modules_to_save or []), sorted(asked.train_whole))
     if asked.targets != ALL_LINEAR and adapted_names(model) != named_targets(model, asked.targets):
         pairs["targets"] = tuple(x if isinstance(x, str) else sorted(x) for x in (_targets(settings), asked.targets))
     told = [f"{name} {have} (asked for: {want})" for name, (have, want) in pairs.items() if have != want]
@@ -242,6 +287,41 @@ def go_on(model: nn.Module, settings: Any, asked: LoraConfig) -> list[str]:
     said = f"model.lora: the saved adapters go on as they are, with {', '.join(told)}; of these settings dropout acts"
     _log.warning(said)
     return [said]
+
+
+def _trained_whole(model: nn.Module) -> set[str]:
+    """Names of the modules that are trained whole."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return {name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+
+
+def _asked_whole(model: Any, asked: LoraConfig, *, tied: bool) -> set[str]:
+    """Names of the modules that `asked` would train whole, on a model that has adapters already."""
+    names = [name for name, _ in model.named_modules()]
+    found = set(_matched(names, asked.train_whole))
+    tables = _tied_tables(model) if tied else []
+    return found | set(tables) if found & set(tables) else found
+
+
+def tie_notes(model: Any) -> list[str]:
+    """What to say where adapters meet embeddings and output layer that are one matrix."""
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    tables = _tied_tables(model)
+    if not tables:
+        return []
+    first, second = tables
+    table = model.get_submodule(first)
+    if isinstance(table, ModulesToSaveWrapper):
+        return [f"lora.train_whole: {first} and {second} are one matrix, which is trained and saved as one"]
+    if isinstance(table, LoraLayer):
+        return [
+            f"lora.targets: {first} and {second} are one matrix, and adapters on {first} change only the input, so "
+            f"the merged model has two; to train it as one, name {first.rpartition('.')[2]} in lora.train_whole"
+        ]
+    return []
 
 
 def _targets(settings: Any) -> Any:

@@ -17,7 +17,7 @@ from steersman.distributed.ranks import ranks
 from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, probe_pair
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
-from steersman.model.lora import LoraConfig, add_lora, go_on
+from steersman.model.lora import LoraConfig, add_lora, go_on, tie_notes
 from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import CausalReader, Reader
 from steersman.ops.logprob import Head, Support, linear_logp
@@ -101,6 +101,7 @@ class Policy(nn.Module):
         Raises SteersmanError where they do not fit."""
         if self.adapters is None:
             self.register_adapters(add_lora(self.model, lora))
+            self.notes += tie_notes(self.model)
         else:
             self.notes += go_on(self.model, self.adapters.peft_config["default"], lora)
 

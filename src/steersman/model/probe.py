@@ -74,7 +74,10 @@ def probe_causal(model: Any) -> Form:
 
 
 def watch_output_layer(model: Any, forward: Callable[[], Tensor]) -> tuple[Tensor | None, Tensor, Tensor]:
-    """What the output layer read in a forward pass, the wide numbers put in place of its result, and the logits."""
+    """What the output layer read in a forward pass, the wide numbers put in place of its result, and the logits.
+
+    Raises SteersmanError where what it read is not finite: such a model says nothing, whatever its family.
+    """
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise SteersmanError(
@@ -95,6 +98,11 @@ def watch_output_layer(model: Any, forward: Callable[[], Tensor]) -> tuple[Tenso
         logits = forward()
     finally:
         handle.remove()
+    if seen and not bool(seen[0].isfinite().all()):
+        raise SteersmanError(
+            f"{model_name(model)}: its last hidden states are NaN or infinite on a few tokens, in {seen[0].dtype}; "
+            "either its weights are damaged (a training that diverged?), or they do not fit this dtype"
+        )
     return (seen[0] if seen else None), wide.float(), logits.float()
 
 
@@ -106,9 +114,10 @@ def cache_argument(kind: type) -> str:
     return next((name for name in ("cache", "cache_params") if name in parameters), "past_key_values")
 
 
-def probe_ids(model: Any) -> Tensor:
+def probe_ids(model: Any, length: int = LENGTH) -> Tensor:
+    """Ids of the vocabulary to try the model on, [2, length]."""
     rows = model.get_input_embeddings().weight.shape[0]
-    return (torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) * 7 + 3).remainder(rows).to(model.device)
+    return (torch.arange(ROWS * length).view(ROWS, length) * 7 + 3).remainder(rows).to(model.device)
 
 
 def require_causal(states: Callable[[Tensor], Tensor], ids: Tensor, name: str) -> None:

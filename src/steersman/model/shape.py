@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from steersman.model.adapter_files import adapter_notes, saved_lora
+from steersman.model.adapter_files import adapter_notes, keeps_ties, saved_lora
 from steersman.model.adapters import adapted_folder, is_adapters
 from steersman.model.lora import LoraConfig, add_lora, add_lora_to_trunk
 from steersman.model.meaning import Meaning
@@ -136,7 +136,7 @@ def adapted(path: str, lora: LoraConfig, *, scalar: bool = False) -> Adapted:
         if scalar:
             add_lora_to_trunk(model.base_model, asked)
         else:
-            add_lora(model, asked)
+            add_lora(model, asked, tied=keeps_ties(path))
     learned = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
     adapters = sum(count for name, count in learned if ".lora_" in name)
     return Adapted(adapters, sum(count for _, count in learned) - adapters)

@@ -1,4 +1,4 @@
-"""Which weights of a model are no matrices between two layers of it: embeddings, output layers and adapters."""
+"""Which weights of a model are no matrices between two layers of it: embeddings, output layers, adapters, vectors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,17 @@ def tables_and_adapters(module: nn.Module) -> list[nn.Parameter]:
     whole = [part for part in module.modules() if isinstance(part, nn.Embedding) or id(part) in outputs]
     found = [p for part in whole for p in part.parameters()]
     return found + [p for name, p in module.named_parameters() if ".lora_" in name]
+
+
+def stacked_vectors(module: nn.Module) -> list[nn.Parameter]:
+    """The vectors of every model inside the module that may be stored as matrices: biases (gpt-oss has a row for each
+    expert), the decay rates and skips of state-space layers (`A_log`, `D`), and what a family marks
+    `_no_weight_decay`. Weight decay is not meant for them, and Muon leaves them to AdamW."""
+    return [
+        p
+        for name, p in module.named_parameters()
+        if name.endswith(("bias", ".A_log", ".D")) or getattr(p, "_no_weight_decay", False)
+    ]
 
 
 def _outputs(model: nn.Module) -> list[nn.Module]:

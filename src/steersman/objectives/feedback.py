@@ -157,7 +157,8 @@ class FeedbackObjective:
 
     def read_reference(self, rows: Sequence[int]) -> None:
         """Reads what the reference says of the training answers `rows` and of the held-out ones, before the first
-        `loss` or `evaluate`; of answers that are streamed it is read batch by batch."""
+        `loss` or `evaluate`. Where that was not asked for, and of answers that are streamed, it is read batch by
+        batch."""
         found = self.readings.of_data(self.train, self.held_out, rows)
         self.reference_logp = {key: logp[:, 0] for key, logp in found.items()}
 
@@ -219,7 +220,7 @@ class FeedbackObjective:
 
     def _run(self, data: TrainingSet[Feedback], rows: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         tokens = collate([data.groups[i][0] for i in rows])
-        if data.in_memory:
+        if id(data) in self.reference_logp:
             ref = self.reference_logp[id(data)][list(rows)]
         else:
             ref = answer_logp_now([(self.reference, 1.0)], tokens)

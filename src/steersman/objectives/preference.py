@@ -1,8 +1,9 @@
 """Preference losses over pairs of answers, as an objective.
 
 The reference's log-probabilities of answers that are in memory are computed once, before the first step, and kept
-there (a resumed run computes them again: one forward over the data). Of a set that is read while training they are
-computed batch by batch, as the token-level methods do everywhere, which need whole distributions.
+there (a resumed run computes them again: one forward over the data). Of a set that is read while training, and of a
+reference that moves, they are computed batch by batch, as the token-level methods do everywhere, which need whole
+distributions.
 
 A loss of a whole batch reads the batch once without gradients before its update, so that every micro-batch knows what
 it is compared with: the gradient is that of the batch in one piece.
@@ -88,7 +89,8 @@ class PairObjective:
 
     def read_reference(self, rows: Sequence[int]) -> None:
         """Reads what the reference says of the training pairs `rows` and of the held-out ones, before the first
-        `loss` or `evaluate`; of pairs that are streamed it is read batch by batch."""
+        `loss` or `evaluate`. Where that was not asked for, and of pairs that are streamed, it is read batch by
+        batch."""
         if self.readings.models:
             self.reference_logp = self.readings.of_data(self.train, self.held_out, rows)
 
@@ -114,7 +116,7 @@ class PairObjective:
             logp = answer_logp(model, answers, self.micro_tokens, after=after)
             return logp.view(len(once), 2, *logp.shape[1:])
 
-        if data.in_memory and self.readings.models:
+        if id(data) in self.reference_logp:
             reference = self.reference_logp[id(data)][once]
         else:
             reference = torch.stack([share * read(model) for model, share in self._references()]).sum(0)
@@ -205,7 +207,7 @@ class PairObjective:
         takes none of whole answers."""
         if not self.readings.models:
             return None
-        if data.in_memory:
+        if id(data) in self.reference_logp:
             return self.reference_logp[id(data)][list(rows)]
         after = None
         if self.tails:  # all chosen answers stand in front of all rejected ones

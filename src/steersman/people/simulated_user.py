@@ -98,7 +98,7 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
     people = [] if recipe.human.folder is None else list(open_judgements(recipe.human.folder))
     with Ledger("simulate-users", recipe, resume=resume, rounds=0) as ledger:
         judge = open_judge(recipe.judge, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
-        judge.require_columns([])  # conversations are no rows of data
+        judge.needs([])  # conversations are no rows of data: a reward that needs a column is refused
         opened = {"user": recipe.user} | {f"candidates.{name}": one for name, one in recipe.candidates.items()}
         talkers = {who: open_talker(who, config, recipe.run, ledger.device) for who, config in opened.items()}
         talks = {name: _conversations(ledger, recipe, name, talkers) for name in recipe.candidates}

@@ -17,7 +17,8 @@ class Role:
     """A model of the run: `trained` parameters of it learn. `owns_base` is False where it has another's base.
     `adapter_parameters` are those of its adapters, in float32; where there are any, what else learns is trained in a
     copy. `matrices` are the bytes of each parameter of the layers where these are quantised, and not as `Work` says.
-    One that is `offloaded` waits in the node's memory until it is read, where every device holds whole models."""
+    One that is `offloaded` waits in the node's memory until it is read, where every device holds whole models.
+    `averages` are numbers of its weights' moving averages, in float32."""
 
     name: str
     shape: Shape
@@ -26,10 +27,11 @@ class Role:
     adapter_parameters: int = 0
     matrices: float | None = None
     offloaded: bool = False
+    averages: int = 0
 
     def weights(self, number: int) -> float:
         """Bytes of its weights, those of another's base left out."""
-        shape, added = self.shape, self.adapter_parameters * 4.0
+        shape, added = self.shape, (self.adapter_parameters + self.averages) * 4.0
         if self.adapter_parameters:
             added += self.trained_whole * number
         if not self.owns_base:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from steersman.data import Encoded, collate
 from steersman.distributed.pieces import local_shard, whole_shape
 from steersman.distributed.ranks import ranks
-from steersman.model import Policy, tables_and_adapters, whole_weights
+from steersman.model import Policy, stacked_vectors, tables_and_adapters, whole_weights
 from steersman.model.fast.folded import folded_bytes
 from steersman.model.modes import evaluation_mode
 from steersman.model.quantise import is_quantised
@@ -319,14 +319,12 @@ def _role(model: Model, seen: set[int]) -> Role:
     own = [x for x in (*parameters, *model.module.buffers()) if id(x) not in seen]
     seen |= {id(x) for x in own}
     weights = sum(map(_bytes, own))
-    here = ranks()
+    here, apart = ranks(), [*tables_and_adapters(model.module), *stacked_vectors(model.module)]
     gradients = sum(map(_bytes, trained)) // here.pieces(2)
     kept = (
         0
         if model.optimizer is None
-        else state_bytes(
-            map(local_shard, trained), model.optimizer, map(local_shard, tables_and_adapters(model.module))
-        )
+        else state_bytes(map(local_shard, trained), model.optimizer, map(local_shard, apart))
     )
     if here.deepspeed:  # which updates a copy of the weights
         kept = (kept + sum(map(_bytes, trained))) // here.pieces(1)

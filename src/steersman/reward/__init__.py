@@ -1,7 +1,7 @@
 """Rewards: functions of texts, reward models and weighted sums of them, and their shaping into token rewards."""
 
 from steersman.reward.config import RewardConfig, RewardPart, ScoreShaping, build_reward
-from steersman.reward.core import CallableReward, Reward, Scores, WeightedSum, columns_of
+from steersman.reward.core import CallableReward, Reward, Scores, WeightedSum
 from steersman.reward.metrics import MetricReward
 from steersman.reward.models import ModelReward
 
@@ -16,5 +16,4 @@ __all__ = [
     "Scores",
     "WeightedSum",
     "build_reward",
-    "columns_of",
 ]

@@ -16,9 +16,9 @@ from torch import Tensor
 from steersman.distributed.ranks import ranks
 from steersman.guards.coroutines import await_result
 from steersman.guards.functions import describe_function, load_function
-from steersman.guards.user_code import user_code
+from steersman.guards.raised import user_errors
 from steersman.model import Headed
-from steersman.types import Sample, SteersmanError
+from steersman.types import Need, Sample, SteersmanError
 
 RewardFunction = Callable[..., Any]
 
@@ -58,8 +58,8 @@ class Reward(Protocol):
 
     `model` is the one that it asks, None where it asks none; `reads_ids` says that it is shown the policy's own ids.
     Every rank calls `score` with the same samples and gets the same scores: a model's rows are shared out, functions
-    run on rank 0. `require_columns` is asked before anything is sampled: it raises SteersmanError where the reward
-    needs a column of the data's rows that is not among those they `have`.
+    run on rank 0. `needs` is asked before anything is sampled, with the rows of the data's prompts: it gives the
+    columns that the reward needs of every row, and raises SteersmanError for one that no row has.
     """
 
     @property
@@ -70,7 +70,7 @@ class Reward(Protocol):
 
     def score(self, samples: Sequence[Sample]) -> Scores: ...
 
-    def require_columns(self, have: Sequence[str]) -> None: ...
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]: ...
 
     def describe(self) -> str: ...
 
@@ -109,9 +109,8 @@ class WeightedSum:
         feedback = ["\n".join(filter(None, texts)) for texts in zip(*said, strict=True)] if said else None
         return Scores(total, {name: scores.total for name, (_, scores) in scored.items()}, per_token, feedback)
 
-    def require_columns(self, have: Sequence[str]) -> None:
-        for _, reward in self.parts.values():
-            reward.require_columns(have)
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        return [need for _, reward in self.parts.values() for need in reward.needs(rows)]
 
     def describe(self) -> str:
         return "; ".join(f"{weight:g} x {name} ({r.describe()})" for name, (weight, r) in self.parts.items())
@@ -157,14 +156,19 @@ class CallableReward:
     ):
         self.time_limit = time_limit
         self.function = load_function(function) if isinstance(function, str) else function
+        if isinstance(self.function, type):
+            raise SteersmanError(
+                f"reward '{name or self.function.__name__}': {describe_function(self.function)} is a class; give a "
+                "function of prompts and completions"
+            )
         self.name = name or getattr(self.function, "__name__", type(self.function).__name__)
         self.args, self.columns = dict(args or {}), dict(columns or {})
         parameters = _parameters(self.function)
         self.takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self.by_name = "completions" in [p.name for p in named] or not named
-        if not self.by_name:
-            named = named[2:]
+        self.positional = [] if self.by_name else [p.name for p in named[:2]]
+        named = named[len(self.positional) :]
         self.parameters = {p.name: p.default is p.empty for p in named}
         for key in [*self.args, *self.columns]:
             if key not in self.parameters and not self.takes_all:
@@ -173,8 +177,11 @@ class CallableReward:
                     f"reward '{self.name}': '{key}' is not a parameter of the function; it has: {known}"
                 )
 
-    def require_columns(self, have: Sequence[str]) -> None:
-        self._filled(have)
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        """The columns of its parameters without a default; those with one may be missing, and are None there."""
+        filled = self._filled(columns_of(rows))
+        needed = (column for parameter, column in filled.items() if self.parameters.get(parameter))
+        return [Need(column, f"reward '{self.name}'") for column in dict.fromkeys(needed)]
 
     def describe(self) -> str:
         return f"function {describe_function(self.function)}"
@@ -188,15 +195,8 @@ class CallableReward:
             f"first completion: {_shorten(samples[0].text)}"
         )
         keywords = self._columns(samples) | self.args
-        with user_code(f"reward '{self.name}' ({batch})", self.time_limit):
-            try:
-                values = self._call(samples, keywords)
-            except SteersmanError:
-                raise
-            except Exception as error:
-                raise SteersmanError(
-                    f"reward '{self.name}': the function raised {type(error).__name__}: {error} ({batch})"
-                ) from error
+        with user_errors(f"reward '{self.name}'", batch, self.time_limit):
+            values = self._call(samples, keywords)
         return _scores(self.name, values, samples)
 
     def _call(self, samples: Sequence[Sample], keywords: Mapping[str, Any]) -> Any:
@@ -216,6 +216,13 @@ class CallableReward:
     def _filled(self, have: Sequence[str]) -> dict[str, str]:
         """Parameter -> the column of the data that fills it."""
         reserved = {"prompts", "completions", "samples"}
+        taken = next((p for p in self.positional if self.takes_all and p in have), None)
+        if taken is not None:
+            raise SteersmanError(
+                f"reward '{self.name}': the function's first two parameters, {' and '.join(self.positional)}, get "
+                f"the prompts and the completions, and '{taken}' is also a column of the data; write them as "
+                "`prompts, completions`, and columns behind them"
+            )
         wanted = {parameter: self.columns.get(parameter, parameter) for parameter in self.parameters}
         if self.takes_all:
             wanted = {c: c for c in have} | wanted | self.columns
@@ -260,7 +267,8 @@ def _scores(name: str, values: Any, samples: Sequence[Sample]) -> Scores:
         )
     feedback = None
     if any(isinstance(value, dict) for value in values):
-        values, feedback = map(list, zip(*(_said(name, v, i) for i, v in enumerate(values)), strict=True))
+        said = (_said(name, value, i, samples[i]) for i, value in enumerate(values))
+        values, feedback = map(list, zip(*said, strict=True))
     rows = [_plain(value) for value in values]
     if not any(isinstance(row, list) for row in rows):
         total = [_number(name, row, i, None, samples[i]) for i, row in enumerate(rows)]
@@ -271,8 +279,8 @@ def _scores(name: str, values: Any, samples: Sequence[Sample]) -> Scores:
         if not isinstance(row, list) or len(row) != len(sample.ids):
             given = f"{len(row)} values" if isinstance(row, list) else type(row).__name__
             raise SteersmanError(
-                f"reward '{name}': gave {given} for sample {i}, which has {len(sample.ids)} response tokens; "
-                f"return one float per token for every completion, or one float per completion"
+                f"reward '{name}': gave {given} for sample {i}, which has {len(sample.ids)} response tokens "
+                f"{_about(sample)}; return one float per token for every completion, or one float per completion"
             )
         numbers = [_number(name, value, i, t, sample) for t, value in enumerate(row)]
         per_token[i, : len(row)] = torch.tensor(numbers, dtype=torch.float32)
@@ -280,14 +288,14 @@ def _scores(name: str, values: Any, samples: Sequence[Sample]) -> Scores:
     return Scores(total, {name: total}, per_token, feedback)
 
 
-def _said(name: str, value: Any, row: int) -> tuple[Any, str]:
+def _said(name: str, value: Any, row: int, sample: Sample) -> tuple[Any, str]:
     """A score, and the feedback beside it; "" where the function gave the score alone."""
     if not isinstance(value, dict):
         return value, ""
     if set(value) != {"score", "feedback"} or not isinstance(value["feedback"], str | None):
         raise SteersmanError(
-            f"reward '{name}': gave {_shorten(str(value))} for sample {row}; return a number, or exactly "
-            '{"score": NUMBER, "feedback": TEXT}'
+            f"reward '{name}': gave {_shorten(str(value))} for sample {row} {_about(sample)}; return a number, or "
+            'exactly {"score": NUMBER, "feedback": TEXT}'
         )
     return value["score"], value["feedback"] or ""
 
@@ -304,7 +312,8 @@ def _number(name: str, value: Any, row: int, token: int | None, sample: Sample) 
     place = f"sample {row}" if token is None else f"sample {row}, token {token}"
     if not isinstance(value, Real):
         raise SteersmanError(
-            f"reward '{name}': gave {type(value).__name__} {_shorten(str(value))} for {place}; return floats"
+            f"reward '{name}': gave {type(value).__name__} {_shorten(str(value))} for {place} {_about(sample)}; "
+            "return floats"
         )
     try:
         number = float(value)

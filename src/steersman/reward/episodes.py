@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
 from steersman.reward.core import Scores
-from steersman.types import Sample, SteersmanError
+from steersman.types import Need, Sample, SteersmanError
 
 Per = Literal["turn", "episode"]
 
@@ -35,8 +35,8 @@ class EpisodeReward:
         total = paid.sum(1)
         return Scores(total, {self.name: total}, paid if self.per == "turn" else None)
 
-    def require_columns(self, have: Sequence[str]) -> None:
-        """It reads what the environment paid, and no column."""
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        return []  # it reads what the environment paid
 
     def describe(self) -> str:
         return f"what the environment pays, by {self.per}"

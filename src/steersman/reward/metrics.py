@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from steersman.distributed.ranks import ranks
 from steersman.metrics import Metric
 from steersman.reward.core import Scores, columns_of
-from steersman.types import Sample, SteersmanError
+from steersman.types import Need, Sample, SteersmanError
 
 _log = logging.getLogger("steersman.reward")
 _OTHER_NAMES = {"references": ("references", "reference")}
@@ -49,8 +50,8 @@ class MetricReward:
                     f"reward '{name}': columns: the metric {metric.name} has no '{key}'; it needs {needed}"
                 )
 
-    def require_columns(self, have: Sequence[str]) -> None:
-        _filled(self.metric, self.name, have, self.columns)
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        return needs_of(self.metric, self.name, rows, self.columns)
 
     def describe(self) -> str:
         return f"metric {self.metric.name}: {self.metric.implementation}"
@@ -83,6 +84,13 @@ class MetricReward:
             raise SteersmanError(
                 f"reward '{self.name}': {error} (rows counted from 0{without}; prompt of row 0: {first!r})"
             ) from error
+
+
+def needs_of(metric: Metric, name: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[Need]:
+    """The columns that the metric needs of every row; `name` is who asks. Raises SteersmanError as `inputs` does."""
+    filled = _filled(metric, name, columns_of(rows), columns)
+    who = f"'{name}' (metric {metric.name})"
+    return [Need(column, who, partial(metric.wrong_with, need)) for need, column in filled.items() if column]
 
 
 def inputs(metric: Metric, name: str, samples: Sequence[Sample], columns: Mapping[str, str]) -> dict[str, list[Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from steersman.model import GENERAL, AttributeModel, ScalarModel, at_hand, conte
 from steersman.model.bottleneck import BOTTLENECK
 from steersman.model.ensemble import ENSEMBLE
 from steersman.reward.core import Scores
-from steersman.types import Sample, SteersmanError, Tokens
+from steersman.types import Need, Sample, SteersmanError, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,8 +92,8 @@ class ModelReward:
     def reads_ids(self) -> bool:
         return not self.other_tokenizer
 
-    def require_columns(self, have: Sequence[str]) -> None:
-        """It reads prompts and responses, and no column."""
+    def needs(self, rows: Sequence[Mapping[str, Any]]) -> list[Need]:
+        return []  # it reads prompts and responses
 
     def describe(self) -> str:
         if self.other_tokenizer:

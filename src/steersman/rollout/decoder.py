@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from steersman.model.context import context_length
 from steersman.model.fast.fused import quick
 from steersman.model.modes import evaluation_mode
-from steersman.model.probe import cache_argument
+from steersman.model.probe import cache_argument, model_name, probe_ids
 from steersman.rollout.cache import LiveCache, PromptCache, layer_keeps
 from steersman.rollout.fast.compiled_step import CompiledStep, compiled_step_of
 from steersman.rollout.fast.packed import for_call, packed, pays
 from steersman.rollout.recurrent import state_bytes
 from steersman.rollout.text import Texts
+from steersman.rollout.time_steps import clamped_time_steps
 from steersman.types import Prompt, SteersmanError, send
+
+COMPARED = (4, 20)
+"""Tokens that are read at once before the others follow one by one, and tokens in all, where stepping is compared."""
 
 
 class Decoder:
@@ -29,6 +33,7 @@ class Decoder:
         self.context = context_length(model)
         self.live = LiveCache(layer_keeps(model.config))
         self.compiled: CompiledStep | None = None
+        self.compared = not self.live.states  # keys and values are the same, however they are read
 
     @property
     def one_length(self) -> bool:
@@ -37,8 +42,10 @@ class Decoder:
     @contextmanager
     def prepared(self, rows: int, steps: int) -> Iterator[None]:
         """For one call: adapters added into their layers, weights laid out for `steps` steps of up to `rows` rows,
-        where that pays."""
-        with for_call(self.model, steps):
+        where that pays. Raises SteersmanError where a model with states does not step as it reads."""
+        with clamped_time_steps(self.model), for_call(self.model, steps):
+            if not self.compared:
+                self._compare()
             if not pays(self.model, steps):
                 yield
                 return
@@ -81,6 +88,36 @@ class Decoder:
             return expected
         return logits
 
+    def _compare(self) -> None:
+        """Reads a few tokens one by one, with states, and at once, without; asked of the model's own weights, once.
+
+        Training reads whole texts, so a model that steps otherwise would record what it can not learn from.
+        """
+        read, length = COMPARED
+        ids = probe_ids(self.model, length)
+        whole = self.model(input_ids=ids, use_cache=False).logits[:, read - 1 :].float()
+        cache, first = self.prefill(ids[:, :read].tolist())
+        self.live.clear(read)
+        try:
+            self.live.reserve(len(ids), length, cache)
+            self.live.admit(cache, torch.arange(len(ids)), read)
+            rest = (ids[:, at : at + 1] for at in range(read, length))
+            places = (torch.full_like(ids[:, :1], at) for at in range(read, length))
+            steps = [first, *(self.step(some, place, read) for some, place in zip(rest, places, strict=True))]
+        finally:
+            self.live.release()
+        gap, size = (torch.stack(steps, 1).float() - whole).abs().max(), whole.abs().max()
+        if not size.isfinite():
+            return  # it is told with the first response
+        if not gap <= _rounding(self.model) * size:
+            raise SteersmanError(
+                f"{model_name(self.model)}: read token by token, its logits differ by up to {float(gap):.2g} from "
+                f"those of the whole text, which are up to {float(size):.2g}. What is sampled would not be what is "
+                f"trained: models of type '{self.model.config.model_type}' can not be sampled from here; train it on "
+                "given answers, or sample with vLLM (rollout.engine: vllm, and rollout.recompute_logp: true)"
+            )
+        self.compared = True
+
     def _modules(self, ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
         memory = {self.cache_name: self.live}
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **memory)
@@ -99,6 +136,13 @@ class Decoder:
     def texts(self, tokenizer: Any, stop: tuple[str, ...]) -> Texts:
         """What decodes responses."""
         return Texts(tokenizer, stop)
+
+
+def _rounding(model: Any) -> float:
+    """How far logits may be apart, as a share of the largest; kernels of accelerators round products of float32."""
+    if model.dtype not in (torch.float32, torch.float64):
+        return 0.1
+    return 1e-3 if model.device.type == "cpu" else 1e-2
 
 
 def bytes_of_states(model: Any) -> int:

@@ -11,16 +11,19 @@ resume.
 
 Sampling, rewards and learning overlap: batches are sampled one after another, in order, and each is then rewarded
 while the next is sampled; a reward is never called twice at a time, not by a look at held-out prompts either.
-Everything that was sampled ahead is in the checkpoint.
+Everything that was sampled ahead is in the checkpoint. A batch that failed before it had its rewards is there as far
+as it came: its samples are rewarded when the run goes on, or its prompts are sampled then, by the weights of then.
 
 Of several ranks the first does all of this, and the others get each batch when it is due.
 """
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,16 @@ LEDGER = "rollouts.jsonl"
 """In the run folder: a row whenever a batch is begun, sampled, rewarded or used, with its prompts and versions."""
 
 
+@dataclass(slots=True)
+class Begun:
+    """How far a batch came: the prompts that it was given (None where it draws them when it is its turn, after which
+    `order` is how the order of prompts stood then), and its samples once they are there."""
+
+    prompts: list[Prompt] | None
+    samples: list[Sample] | None = None
+    order: dict[str, Any] | None = None
+
+
 class Ahead(OnPolicy):
     """An on-policy run whose batches are sampled up to `rollout.ahead` iterations before they are learned from."""
 
@@ -56,6 +69,8 @@ class Ahead(OnPolicy):
                 self.schedule = schedule
         self.ledger = Path(recipe.run.dir) / LEDGER
         self.under_way: dict[int, Future[Batch]] = {}
+        self.begun_as: dict[int, Begun] = {}
+        self.again: dict[int, list[Prompt]] = {}
         self.next_batch = 0
         self._now = threading.local()
 
@@ -80,11 +95,15 @@ class Ahead(OnPolicy):
         """Begins all batches that may begin, and waits for this iteration's."""
         if not self.next_batch:
             self._forget_what_follows()  # of a run that died before its first checkpoint
-        while self.next_batch <= self.done + self.recipe.rollout.ahead:
+        last = self.done + self.recipe.rollout.ahead
+        for number in [n for n in self.again if n <= last]:
+            self._begin(number, self.again.pop(number))
+        while self.next_batch <= last:
             self._begin(self.next_batch, None if self.algorithm.resampling() else self.next_prompts())
-        batch = self.under_way[self.done].result()
-        del self.under_way[self.done]
-        return batch
+            self.next_batch += 1
+        for used in [number for number in self.under_way if number < self.done]:
+            del self.under_way[used], self.begun_as[used]
+        return self.under_way[self.done].result()
 
     def adapt(self, stats: Stats) -> None:
         super().adapt(stats)
@@ -95,7 +114,7 @@ class Ahead(OnPolicy):
             )  # how far the policy has moved: no fault, so not watched
 
     def _begin(self, number: int, prompts: list[Prompt] | None) -> None:
-        self.next_batch = number + 1
+        self.begun_as[number] = Begun(prompts)
         self.under_way[number] = self.schedule.begin(number, lambda: self._make(number, prompts))
 
     def _make(self, number: int, prompts: list[Prompt] | None) -> Batch:
@@ -107,6 +126,8 @@ class Ahead(OnPolicy):
         self._now.number, self._now.redraws = number, self.algorithm.resampling() > 0
 
         def batch() -> Batch:
+            if prompts is None:
+                self.begun_as[number].order = copy.deepcopy(self._order_now())
             asked = self.next_prompts() if prompts is None else prompts
             self._note(number, "begun", (), asked)
             return self.sample(asked, None, number)
@@ -124,6 +145,7 @@ class Ahead(OnPolicy):
 
         samples = draw() if self._now.redraws else self.schedule.sample(self._now.number, draw)
         self._note(self._now.number, "sampled", samples)
+        self.begun_as[self._now.number].samples = samples
         return samples, roles.score(samples)
 
     def _note(self, batch: int, stands: str, samples: Sequence[Sample], prompts: Sequence[Prompt] = ()) -> None:
@@ -142,13 +164,28 @@ class Ahead(OnPolicy):
         takes any."""
 
         def of_main() -> dict[str, Any]:
-            kept = {number: batch.result() for number, batch in sorted(self.under_way.items())}
-            ahead = [{"number": number, **_stored(*batch)} for number, batch in kept.items()]
-            order = {"batches": self.batches.state_dict(), "waiting": self.waiting}
-            return {"ahead": ahead, "begun": self.next_batch, **order}
+            ahead, begun, order = [], self.next_batch, None
+            for number, prompts in self.again.items():
+                asked = [prompt.index for prompt in prompts]
+                ahead.append({"number": number, "prompts": asked, **_stored([], None)})
+            for number in sorted(n for n in self.under_way if n >= self.done):
+                failed, at = self.under_way[number].exception(), self.begun_as[number]
+                if failed is None:
+                    ahead.append({"number": number, **_stored(*self.under_way[number].result())})
+                elif at.prompts is None:  # those after it drew their prompts behind it, and are drawn again too
+                    begun, order = number, at.order
+                    break
+                else:
+                    asked = [prompt.index for prompt in at.prompts]
+                    ahead.append({"number": number, "prompts": asked, **_stored(at.samples or [], None)})
+            return {"ahead": ahead, "begun": begun, **(order or self._order_now())}
 
         mine = ranks().from_main(of_main, "what was sampled ahead")
         return {**super().state_dict(), **mine}
+
+    def position(self) -> dict[str, Any]:
+        """The order of prompts goes with the batches that were begun, whatever becomes of a step."""
+        return {name: part for name, part in super().position().items() if name not in self._order_now()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the batches that were sampled ahead; one that would be too old now, because `rollout.ahead` was
@@ -160,20 +197,31 @@ class Ahead(OnPolicy):
         self.next_batch = state["begun"]
         self.schedule.restart_at(self.done)
         self._forget_what_follows()
-        again, home = [], {prompt.index: prompt for prompt in self.prompts}
+        home = {prompt.index: prompt for prompt in self.prompts}
         for kept in state["ahead"]:
             number, (samples, scores) = kept["number"], _restored(kept, home)
-            oldest = min(v for s in samples for v in s.version or [self.done])
-            if number - oldest > self.recipe.rollout.ahead:
-                again.append((number, list({s.prompt.index: s.prompt for s in samples}.values())))
+            asked = kept.get("prompts", list(dict.fromkeys(s.prompt.index for s in samples)))
+            prompts = [home[index] for index in asked]
+            oldest = min((v for s in samples for v in s.version or [self.done]), default=self.done)
+            if not samples or number - oldest > self.recipe.rollout.ahead:
+                self.again[number] = prompts
+                continue
+            self.begun_as[number] = Begun(prompts, samples)
+            if scores is None:
+                self._note(number, "sampled", samples)
+                self.under_way[number] = self.schedule.begin(number, partial(self._reward, number, samples))
                 continue
             self.under_way[number] = Future()
             self.under_way[number].set_result((samples, scores))
             self._note(number, "rewarded", samples)
-        self.schedule.restart_at(again[0][0] if again else self.next_batch)
-        for number, prompts in again:
-            self._begin(number, prompts)
-        self.next_batch = state["begun"]
+        self.schedule.restart_at(min(self.again, default=self.next_batch), self.under_way)
+
+    def _reward(self, number: int, samples: list[Sample]) -> Batch:
+        """The batch of samples that have no rewards yet, in a thread of the schedule's."""
+        with alone():
+            made = samples, self.roles.score(samples)
+        self._note(number, "rewarded", samples)
+        return made
 
     def _forget_what_follows(self) -> None:
         """Of the ledger stays what the checkpoint's iterations have used; what came after is done again."""
@@ -185,12 +233,16 @@ FIELDS = ("ids", "logp", "finish", "text", "index", "support", "mask", "version"
 """What a checkpoint keeps of a sample; its prompt is found by its index."""
 
 
-def _stored(samples: list[Sample], scores: Scores) -> dict[str, Any]:
+def _stored(samples: list[Sample], scores: Scores | None) -> dict[str, Any]:
     """A batch as plain lists and tensors, which a checkpoint holds."""
     rows = [{name: getattr(s, name) for name in FIELDS} | {"prompt": s.prompt.index} for s in samples]
+    if scores is None:
+        return {"samples": rows}
     return {"samples": rows, "total": scores.total, "parts": dict(scores.parts), "per_token": scores.per_token}
 
 
-def _restored(kept: dict[str, Any], home: dict[int, Prompt]) -> Batch:
+def _restored(kept: dict[str, Any], home: dict[int, Prompt]) -> tuple[list[Sample], Scores | None]:
     samples = [Sample(home[row["prompt"]], **{name: row[name] for name in FIELDS}) for row in kept["samples"]]
+    if "total" not in kept:
+        return samples, None
     return samples, Scores(kept["total"], kept["parts"], kept["per_token"])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -19,13 +19,17 @@ from steersman.data import Batches, Streamed, Training
 from steersman.distributed.micro import my_micro_batches
 from steersman.distributed.pieces import put_into
 from steersman.distributed.ranks import ranks
-from steersman.model import as_local_shards, tables_and_adapters
+from steersman.model import as_local_shards
 from steersman.plan.memory import Load, largest_load
 from steersman.run.run_config import RunConfig
+from steersman.train.model_optimizer import model_optimizer
 from steersman.train.session import Session, kept_state
 from steersman.train.tally import Tally
 from steersman.types import Stats
-from steersman.update.optimizer import Optimizer, OptimizerConfig, not_finite
+from steersman.update.optimizer import OptimizerConfig, not_finite
+
+if TYPE_CHECKING:
+    from steersman.train.moving import MovingCopy
 
 
 class OfflineConfig(Section):
@@ -116,8 +120,9 @@ class Offline:
             self.rows = batches.rows_of(self.total)
         self.beside: Callable[[], Stats] = dict  # what else a look measures
         self.prepare: Callable[[Sequence[int]], None] = _nothing  # what the objective must know of those rows
-        module = objective.module
-        self.optimizer = Optimizer(module.parameters(), optimizer, self.total, tables_and_adapters(module))
+        self.moving: MovingCopy | None = None  # what follows the weights, such as a reference
+        self.whole = True
+        self.optimizer = model_optimizer(objective.module, optimizer, self.total)
 
     def load(self, longest: int) -> Load:
         """The largest micro-batch; `longest` is the longest sequence in tokens."""
@@ -131,12 +136,14 @@ class Offline:
             session.observe(0, self.look())
             if self.keep == "best" and self.start_counts:
                 session.keep_start()
+        session.make_up(self.look)
         order = self.batches.forever()
         for step in session.steps():
             stats = self.step(next(order))
-            if step % self.eval_every == 0 or step == self.total:
-                stats |= self.look()
-            session.observe(step, stats)
+            if self.moving is not None:
+                self.moving.follow(step)
+            due = step % self.eval_every == 0 or step == self.total
+            session.observe(step, stats, look=self.look if due else None)
 
     def look(self) -> Stats:
         """The held-out data, and what is measured beside."""
@@ -153,20 +160,29 @@ class Offline:
             (loss * part.weight).backward()
             losses.append({"loss": loss.detach()})
         ranks().agree(not_finite(losses))
+        self.whole = False
         stats = self.optimizer.step() | tally.means()
         seconds = time.monotonic() - started
         return stats | {"time/step": seconds, "throughput": float(cost.sum()) / seconds}
 
+    def position(self) -> dict[str, Any]:
+        return {"batches": self.batches.state_dict()}
+
     def state_dict(self) -> dict[str, Any]:
+        moving = {} if self.moving is None else {"moving": self.moving.state_dict()}
         return {
             "model": kept_state(trainable(self.objective.module)),
             "optimizer": self.optimizer.state_dict(),
             "batches": self.batches.state_dict(),
+            **moving,
         }
 
     def load_learned(self, state: dict[str, Any]) -> None:
-        """Takes from a `state_dict` what was learned, and leaves optimizer and order of the data as they are."""
+        """Takes from a `state_dict` what was learned, and what followed it; leaves optimizer and order of the data as
+        they are."""
         load_trainable(self.objective.module, state["model"])
+        if self.moving is not None:
+            self.moving.load_state_dict(state["moving"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.load_learned(state)

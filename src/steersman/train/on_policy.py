@@ -57,12 +57,13 @@ class OnPolicy:
         self.algorithm = recipe.algorithm
         self.coefficients = KLCoefficients(self.algorithm, recipe.rollout.prompts * recipe.rollout.samples)
         self.moving_mean, self.moving_count = 0.0, 0
-        self.done = 0
+        self.done, self.whole = 0, True
 
     def iteration(self) -> Observation:
         """One pass through the loop."""
         clock = Clock()
         drawn, scores = self.next_samples(clock)
+        require_one_without_fault(drawn)
         samples, scores = begun(drawn, scores)
         tokens, traj, shaping = self.experience(samples, scores)
         rows = SegmentRows(samples)
@@ -70,6 +71,7 @@ class OnPolicy:
         clock.lap("score")
         advantage = by_turn(partial(advantage_of, self.algorithm), traj)
         order = stream(self.recipe.run.seed, "minibatches", self.done)
+        self.whole = False
         stats = self.roles.learner.update(
             rows.tokens(tokens), traj, advantage, self.coefficients.current(), order,
             segments=rows, only_critic=self.warming_up, critic_loss=critic_loss,
@@ -249,18 +251,33 @@ class OnPolicy:
         """Lets the controllers of the KL coefficients see this iteration's KL."""
         self.coefficients.adapt(stats, actor=not self.warming_up)
         self.roles.refresh(self.done + 1)
-        stats |= self.roles.engine.update_weights(self.done + 1)
+
+    def publish(self) -> Stats:
+        """Hands the new weights to what samples."""
+        return self.roles.engine.update_weights(self.done)
+
+    def position(self) -> dict[str, Any]:
+        return {**self._averages(), **self._order_now(), "roles": {"shaping": self.roles.shaping.norm.state_dict()}}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "done": self.done,
             **self.coefficients.state_dict(),
-            "moving": [self.moving_mean, self.moving_count],
-            "batches": self.batches.state_dict(),
-            "waiting": self.waiting,
-            "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
+            **self._averages(),
+            **self._order_now(),
             "roles": self.roles.state_dict(),
         }
+
+    def _averages(self) -> dict[str, Any]:
+        """What scores move as they come."""
+        return {
+            "moving": [self.moving_mean, self.moving_count],
+            "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
+        }
+
+    def _order_now(self) -> dict[str, Any]:
+        """Which prompts come next."""
+        return {"batches": self.batches.state_dict(), "waiting": self.waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.done = state["done"]
@@ -311,6 +328,18 @@ def begun(samples: list[Sample], scores: Scores) -> tuple[list[Sample], Scores]:
     if len(kept) == len(samples):
         return samples, scores
     return [samples[i] for i in kept], scores.of(kept)
+
+
+def require_one_without_fault(samples: Sequence[Sample]) -> None:
+    """Raises SteersmanError where every one of several episodes ended by a fault of its environment: that is a
+    program that does not work, and no episode that went wrong."""
+    faults = [sample.outcome for sample in samples if sample.outcome.startswith("fault at ")]
+    if len(faults) == len(samples) > 1:
+        raise SteersmanError(
+            f"environment: each of the batch's {len(samples)} episodes ended by a fault, the first with "
+            f"'{faults[0]}'; nothing can be learned of them. Mend the environment (steersman check-env plays it by "
+            "itself) or what it needs, and go on with --resume"
+        )
 
 
 def with_signal(samples: Sequence[Sample], scores: Scores) -> list[int]:

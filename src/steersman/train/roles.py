@@ -19,7 +19,6 @@ from steersman.model import (
     as_local_shards,
     keep_away,
     place_head,
-    tables_and_adapters,
     whole_weights,
 )
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
@@ -30,11 +29,11 @@ from steersman.run.device import device_apart
 from steersman.setup.generators import open_episodes, open_generator, sample_on_all_ranks
 from steersman.setup.models import lora_of, policy_from, scalar_from, shared_from
 from steersman.setup.reference import Reference, reference_from, same_tokens
+from steersman.train.model_optimizer import model_optimizer
 from steersman.train.offline import load_trainable, put_back, trainable
 from steersman.train.policy_update import Critic, Learner
 from steersman.train.session import kept_state
 from steersman.types import Prompt, Sample, SteersmanError
-from steersman.update.optimizer import Optimizer, OptimizerConfig
 
 
 @dataclass
@@ -143,9 +142,9 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
     learner = Learner(
         algorithm,
         policy,
-        _optimizer(actor, recipe.optimizer, updates - config.warmup * per_iteration),
+        model_optimizer(actor, recipe.optimizer, updates - config.warmup * per_iteration),
         critic,
-        None if critic is None or shared else _optimizer(critic, config.optimizer, updates),
+        None if critic is None or shared else model_optimizer(critic, config.optimizer, updates),
         temperature=rollout.temperature,
         length_limit=float(rollout.max_new_tokens),
         micro_tokens=recipe.run.micro_tokens,
@@ -175,10 +174,6 @@ def build_roles(recipe: OnPolicyRecipe, device: torch.device) -> Roles:
         for model in roles.frozen():
             keep_away(model)
     return roles
-
-
-def _optimizer(module: torch.nn.Module, config: OptimizerConfig, updates: int) -> Optimizer:
-    return Optimizer(module.parameters(), config, updates, tables_and_adapters(module))
 
 
 def _policy(recipe: OnPolicyRecipe, device: torch.device) -> tuple[Policy, SharedBase | None]:

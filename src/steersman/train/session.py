@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ import torch
 from steersman.atomic import write_atomic
 from steersman.distributed.pieces import kept_tensor, named_shard
 from steersman.distributed.ranks import ranks
+from steersman.guards.user_code import CtrlCError
 from steersman.jsonl import read_jsonl
 from steersman.ops.text import text_stats
 from steersman.run.files.checkpoint import Checkpoint, Checkpointer
@@ -23,7 +26,7 @@ from steersman.run.files.ledger import StoppedError
 from steersman.run.files.log import Log, NoLog
 from steersman.run.files.sinks import require_sinks
 from steersman.run.health.limits import HealthConfig
-from steersman.run.health.watch import Finding, HealthWatch
+from steersman.run.health.watch import HealthWatch, non_finite
 from steersman.run.report.card import write_card
 from steersman.run.report.page import write_report
 from steersman.run.run_config import RunConfig, device_of
@@ -32,13 +35,39 @@ from steersman.run.stop_request import StopRequest
 from steersman.types import Stats, SteersmanError
 from steersman.update.optimizer import NotFiniteError
 
+Look = Callable[[], Stats]
+
 
 class Stateful(Protocol):
-    """What a checkpoint holds: everything that a resumed run needs to go on bit for bit."""
+    """What a checkpoint holds: everything that a resumed run needs to go on bit for bit.
+
+    An error may end a step at any place. Until the step changes weights, the step before it can still be saved: a
+    step sets `whole` to False just before it does, and the session sets it to True once the step is done. `position`
+    is the part of `state_dict` that a step moves earlier than that, such as the order of the data.
+    """
+
+    whole: bool
+
+    def position(self) -> dict[str, Any]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """How things stood when step `step` was done: what its checkpoint holds beside the weights.
+
+    `owed` are the step's numbers where they are not written down yet: its look comes first, which may fail.
+    """
+
+    step: int
+    position: dict[str, Any]
+    health: dict[str, Any]
+    best: float | None
+    metrics: Stats
+    owed: dict[str, Any] | None
 
 
 class Session:
@@ -49,6 +78,10 @@ class Session:
     than every checkpoint has, when a signal asks for it, and at the end. The weights that training begins with are
     in no checkpoint, and so no rival, unless `keep_start` saves them. Leaving the `with` block writes the report,
     also when the run failed.
+
+    An error that leaves the block saves the last whole step, if it is not saved yet, and its message says so. Nothing
+    is saved with numbers that are not finite, while a step changes weights, after a second Ctrl-C, and where several
+    ranks do not all end by an error at the same place. A step that is to be saved and looked at is saved first.
     """
 
     def __init__(
@@ -73,6 +106,8 @@ class Session:
         self.stopped, self.begun, self.ended = False, False, False
         self._best: float | None = None
         self._is_best = False
+        self._mark: Mark | None = None
+        self._owed: dict[str, Any] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> Session:
@@ -93,6 +128,8 @@ class Session:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
+            if error is not None:
+                self._keep_last_step(error)
             if ranks().main and (self.path / "metrics.jsonl").exists():
                 # A report that can not be written must not hide why the run failed.
                 with nullcontext() if error is None else suppress(Exception):
@@ -113,16 +150,18 @@ class Session:
         found = self.checkpoints.load() if self.folder.resumed else None
         if found is not None:
             self._restore(found)
-        self.log = self._stack.enter_context(self._log(self.start if found is not None else -1))
+        logged = self.start if self._owed is None else self.start - 1
+        self.log = self._stack.enter_context(self._log(logged if found is not None else -1))
         for damage in self.checkpoints.damaged:
             self.log.note(damage, style="yellow")
         if self.folder.resumed:
-            done = ", the last one: the run was done" if self.start >= total else ""
+            done = ", the last one: the run was done" if self.start >= total and self._owed is None else ""
             self.log.note(
                 f"resumed after step {self.start}{done}" if found else "no checkpoint to resume from: from the start"
             )
         for change in self.folder.changes:
             self.log.note(f"the recipe changed since the run began: {change}", style="yellow")
+        self._set_mark(self.start, self._owed)
 
     def _log(self, resumed_step: int) -> Log | NoLog:
         """Rank 0's log; the others have none. All wait until it is open, since it cuts rows to the checkpoint."""
@@ -159,6 +198,7 @@ class Session:
             ) from error
         self.start = self.step = self.saved_step = found.step
         self._best = found.state.get("best")  # not in checkpoints of earlier versions
+        self._owed = found.state.get("owed")
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, after those that were done before; a checkpoint now and then, and at the end."""
@@ -174,14 +214,18 @@ class Session:
             if any(failed for _, failed in ends):
                 self.checkpoints.wait()
             self.stopped = came is not None
-            due = step % self.config.save_every == 0 or step == self.total or self.ended
-            if due or self.stopped or (self._is_best and self.config.keep_best > 0):
+            due = self._due(step) or self.ended
+            if self.saved_step < step and (due or self.stopped or (self._is_best and self.config.keep_best > 0)):
                 self.save(step)
             if self.stopped:
                 self.log.note(
                     f"stopped after step {step} of {self.total} by {came}; go on with --resume --run.dir {self.path}"
                 )
                 return
+
+    def _due(self, step: int) -> bool:
+        """Whether the step has a checkpoint, whatever came of it."""
+        return step % self.config.save_every == 0 or step == self.total
 
     def check(self, when: str = "before the first step") -> None:
         """For long work before the first step or after the last one: raises StoppedError, on every rank, where a
@@ -197,9 +241,41 @@ class Session:
         self.ended = True
         self.log.note(f"ended after step {self.step} of {self.total}: {why}")
 
-    def observe(self, step: int, stats: Stats, texts: Sequence[str] = ()) -> list[Finding]:
-        """Logs the step's numbers and lets the watch see them; a finding of severity "stop" ends the run."""
-        stats = {**stats, **text_stats(texts)}
+    def observe(
+        self,
+        step: int,
+        stats: Stats,
+        texts: Sequence[str] = (),
+        *,
+        publish: Look | None = None,
+        look: Look | None = None,
+    ) -> Stats:
+        """Logs the step's numbers, which it returns, and lets the watch see them; a finding of severity "stop" ends
+        the run.
+
+        The step's weights are final by now. What may fail comes here: `publish` hands them to whatever samples, and
+        `look` measures them. Both give numbers of the step. A look that failed is made up for by a resumed run.
+        """
+        owed = {"stats": _plain(stats), "texts": _plain(text_stats(texts)), "look": look is not None}
+        self._set_mark(step, owed)
+        if publish is not None:
+            stats = {**stats, **publish()}
+        return self._observe(step, stats, owed["texts"], look, save_first=self._due(step))
+
+    def make_up(self, look: Look) -> None:
+        """Where the checkpoint's step had not been looked at, does so now, and logs its numbers."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            self._observe(self.step, owed["stats"], owed["texts"], look if owed["look"] else None)
+
+    def _observe(
+        self, step: int, stats: Stats, texts: Stats, look: Look | None, *, save_first: bool = False
+    ) -> Stats:
+        if look is not None:
+            if save_first and non_finite(step, {**stats, **texts}) is None:
+                self.save(step, settled=False)
+            stats = {**stats, **look()}
+        stats = {**stats, **texts}
         found = self.watch.update(step, stats)
         self.log.step(step, stats)
         if self.metric in stats:
@@ -208,25 +284,74 @@ class Session:
             self.log.finding(finding)
         stop = [f for f in found if f.severity == "stop"]
         if stop:
+            if step and self.saved_step == step:
+                self.checkpoints.drop(step)
             self._halt(step, stop[0].text)
-        return found
+        mark = self._set_mark(step)
+        if step and self.saved_step == step:
+            self.checkpoints.settle(step, _beside(mark), mark.metrics)
+        return stats
 
-    def save(self, step: int) -> None:
-        """A whole checkpoint of this step.
+    def _set_mark(self, step: int, owed: dict[str, Any] | None = None) -> Mark:
+        """Marks the step as whole."""
+        self.state.whole = True
+        position, health = copy.deepcopy((self.state.position(), self.watch.state_dict()))
+        self._mark = Mark(step, position, health, self._best, dict(self.last_metrics), owed)
+        return self._mark
+
+    def save(self, step: int, *, settled: bool = True) -> None:
+        """A whole checkpoint of this step, which is the last whole one; not `settled` before its look.
 
         Raises SteersmanError where the ranks' states are not the same, bit for bit: then they have drifted apart.
         """
-        state = {"state": self.state.state_dict(), "health": self.watch.state_dict(), "best": self._best}
-        require_same(state["state"])
+        mark, self._mark = self._mark, None  # what can not be saved is not tried again
+        assert mark is not None
         last = step == self.total or self.stopped or self.ended
-        self.checkpoints.save(step, state, self.last_metrics, wait=not self.config.save_async or last)
-        self.saved_step = step
+        self._save(mark, wait=not self.config.save_async or last, settled=settled)
+        self._mark = mark
+
+    def _save(self, mark: Mark, *, wait: bool, settled: bool) -> None:
+        state = {"state": _with(self.state.state_dict(), mark.position), **_beside(mark)}
+        require_same(state["state"])
+        self.checkpoints.save(mark.step, state, mark.metrics, wait=wait, settled=settled)
+        self.saved_step = mark.step
+
+    def _keep_last_step(self, error: BaseException) -> None:
+        """Saves the last whole step, where an error ends the run and that can be done, and adds to the error's
+        message what is saved."""
+        if not self.begun or isinstance(error, (StoppedError, NotFiniteError, CtrlCError)):
+            return
+        mark, before = self._mark, self.saved_step
+        kept = f"step {before} is the last that is saved; --resume goes on from it" if before else "nothing is saved"
+        if mark is None:
+            told = ""
+        elif mark.step == before:
+            told = f"step {before} is saved: mend what failed and go on with --resume" if before else ""
+        elif not self.state.whole:
+            told = f"step {self.step} had begun to change the weights and can not be saved: {kept}"
+        elif not ranks().waits.ends_alike(f"step {mark.step}"):
+            told = f"step {mark.step} is not saved, since not every rank ended there by an error: {kept}"
+        else:
+            try:
+                self._save(mark, wait=True, settled=mark.owed is None)
+                told = f"step {mark.step} is saved: mend what failed and go on with --resume"
+            except Exception as other:
+                told = f"step {mark.step} could not be saved ({type(other).__name__}: {other}): {kept}"
+        if told:
+            told = told[0].upper() + told[1:]
+            if isinstance(error, SteersmanError):
+                error.args = (f"{str(error).removesuffix('.')}. {told}",)
+            elif isinstance(error, Exception):
+                error.add_note(told)
+            else:  # an interrupt or exit, whose own words nobody shows
+                self.log.note(told, style="yellow")
 
     def keep_start(self) -> None:
         """Saves a checkpoint of step 0, which may stay the best. Where its look had no held-out value there is
         nothing to rank it by, and nothing is saved."""
         if self.last_metrics:
             self._best = self.last_metrics[self.metric]
+            self._set_mark(0)
             self.save(0)
 
     def best(self) -> Checkpoint | None:
@@ -275,9 +400,27 @@ class Session:
         ranks().from_main(lambda: (write(), None)[1], "a file")
 
     def _halt(self, step: int, what: str) -> None:
+        self._mark = None
         kept = self.checkpoints.latest()
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint had been saved yet"
         raise SteersmanError(f"stopped at step {step}: {what.removesuffix('.')}. Nothing was saved with it; {where}")
+
+
+def _plain(stats: Stats) -> Stats:
+    """The numbers as a checkpoint can hold them."""
+    return {name: x if type(x) in (int, float) else float(x) for name, x in stats.items()}
+
+
+def _beside(mark: Mark) -> dict[str, Any]:
+    """What a checkpoint holds beside the state of the run."""
+    return {"health": mark.health, "best": mark.best, "owed": mark.owed}
+
+
+def _with(state: dict[str, Any], position: dict[str, Any]) -> dict[str, Any]:
+    """The state with the position, which is a part of it, in the place of its own."""
+    both = {name: (state[name], part) for name, part in position.items()}
+    nested = {name: _with(*two) if isinstance(two[1], dict) and two[1] else two[1] for name, two in both.items()}
+    return {**state, **nested}
 
 
 def require_same(state: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def steps_of(groups: Sequence[Group], config: Any, tables: Iterable[Tensor] = ()
     """What steps over the groups (`params`, `weight_decay`) as an `OptimizerConfig` asks.
 
     Weights of float32 and wider go by the kind itself, those of half precision by `Rounded`. `tables` are the
-    weights that Muon leaves to AdamW beside vectors: embeddings, output layers and adapters.
+    weights that Muon leaves to AdamW whatever their shape: embeddings, output layers, adapters and stacked vectors.
 
     Raises SteersmanError where the kind's package is missing.
     """

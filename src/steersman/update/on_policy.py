@@ -22,7 +22,7 @@ from steersman.ops.kl import kl_loss
 from steersman.types import Stats, Trajectory
 from steersman.update.natural import Scalar, trust_region_step
 from steersman.update.optimizer import Optimizer
-from steersman.update.returned import loss_of
+from steersman.update.returned import clip_of, loss_of
 
 
 class Problem(NamedTuple):
@@ -145,10 +145,10 @@ def policy_loss(
 
 def clipped_steps(algorithm: Algorithm, logp: Float[Tensor, "B T"], traj: Trajectory) -> Bool[Tensor, "B T"] | None:
     """The steps whose ratio, as the method's clip reads it, lies outside `clip_range`; None without a clip."""
-    bounds = algorithm.clip_range()
-    if bounds is None:
+    clip = clip_of(algorithm, logp, traj)
+    if clip is None:
         return None
-    ratio = algorithm.log_ratio(logp, traj).exp()
+    bounds, ratio = clip[0], clip[1].exp()
     return (ratio < 1 - bounds[0]) | (ratio > 1 + bounds[1])
 
 

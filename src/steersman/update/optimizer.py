@@ -47,7 +47,9 @@ class OptimizerConfig(Section):
         description="updates over which the rate rises to lr; below 1 it is a share of all updates; rounded up",
     )
     min_lr: float = Field(default=0.0, ge=0, le=1, description="where a schedule ends, as a share of lr")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay, on matrices only")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="decoupled weight decay, on matrices only, which stacked biases are not"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="first-moment decay; Muon's momentum")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="second-moment decay")
     eps: float = Field(default=1e-8, gt=0, description="AdamW epsilon")
@@ -58,7 +60,8 @@ class Optimizer:
     """AdamW or another kind over the parameters that require gradients, with its schedule; all of it in `state_dict`.
 
     `total` is the number of updates that the schedule spans. `tables` are the embeddings, output layers and adapters
-    among the parameters, which `muon` leaves to AdamW.
+    among the parameters, which `muon` leaves to AdamW. `vectors` are no matrices whatever their shape: it leaves them
+    too, and they do not decay.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Optimizer:
         config: OptimizerConfig,
         total: int,
         tables: Iterable[nn.Parameter] = (),
+        *,
+        vectors: Iterable[nn.Parameter] = (),
     ) -> None:
         self.parameters = [p for p in parameters if p.requires_grad]
         if not self.parameters:
@@ -80,11 +85,14 @@ class Optimizer:
             )
         self.config, self.total, self.updates = config, max(total, 1), 0
         self.warmup = warmup_updates(config.warmup, self.total)
+        vectors = list(vectors)
+        stacked = {id(p) for p in vectors}
+        matrices = {id(p) for p in self.parameters if len(whole_shape(p)) >= 2} - stacked
         groups = [
-            {"params": [p for p in self.parameters if len(whole_shape(p)) >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.parameters if len(whole_shape(p)) < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.parameters if id(p) in matrices], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.parameters if id(p) not in matrices], "weight_decay": 0.0},
         ]
-        self.adamw = steps_of(groups, config, tables)  # or another kind
+        self.adamw = steps_of(groups, config, [*tables, *vectors])  # or another kind
         self.gradient_bytes = sum(p.nbytes for p in self.parameters if p.is_cpu)
         self.engine = engine_of(self.parameters, self.adamw, config.max_grad_norm)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from steersman.advantage.gae import Advantage
 from steersman.algorithms.base import Algorithm, Coefficients
+from steersman.guards.raised import user_errors
 from steersman.types import SteersmanError, Trajectory
 from steersman.update.optimizer import NotFiniteError
 
@@ -20,8 +24,9 @@ def advantage_of(algorithm: Algorithm, traj: Trajectory, *, finite: bool = True)
     Raises SteersmanError where it is no `Advantage` of floating tensors `[B, T]`, and with `finite` NotFiniteError
     for a step that counts whose advantage or target is no finite number.
     """
-    found: Any = algorithm.advantage(traj)
     who = f"{type(algorithm).__qualname__}.advantage"
+    with _asked(algorithm, who, traj):
+        found: Any = algorithm.advantage(traj)
     if not isinstance(found, Advantage):
         raise SteersmanError(f"{who} gave {_kind(found)}; give steersman.advantage.gae.Advantage(adv, ret)")
     _require_steps(who, "adv", found.adv, traj.mask.shape)
@@ -42,7 +47,9 @@ def loss_of(
 
     Raises SteersmanError where it is no floating tensor `[B, T]`, or has no gradient by `logp` where that has one.
     """
-    found, who = algorithm.loss(logp, traj, adv, coef), f"{type(algorithm).__qualname__}.loss"
+    who = f"{type(algorithm).__qualname__}.loss"
+    with _asked(algorithm, who, traj):
+        found = algorithm.loss(logp, traj, adv, coef)
     _require_steps(who, "the loss", found, logp.shape)
     if torch.is_grad_enabled() and logp.requires_grad and not found.requires_grad:
         raise SteersmanError(
@@ -50,6 +57,46 @@ def loss_of(
             "is given, and without detach() or no_grad()"
         )
     return found
+
+
+def clip_of(
+    algorithm: Algorithm, logp: Float[Tensor, "B T"], traj: Trajectory
+) -> tuple[tuple[float, float], Float[Tensor, "B T"]] | None:
+    """The bounds of the method's clip and the logarithm of the ratio that they are of; None without a clip.
+
+    Raises SteersmanError where the bounds are no two numbers, or the ratio is no floating tensor `[B, T]`.
+    """
+    name = type(algorithm).__qualname__
+    with _asked(algorithm, f"{name}.clip_range", traj):
+        bounds: Any = algorithm.clip_range()
+    if bounds is None:
+        return None
+    if not isinstance(bounds, tuple) or [isinstance(x, int | float) for x in bounds] != [True, True]:
+        raise SteersmanError(f"{name}.clip_range gave {bounds!r}; give (below, above), two numbers, or None")
+    below, above = bounds
+    with _asked(algorithm, f"{name}.log_ratio", traj):
+        ratio = algorithm.log_ratio(logp, traj)
+    _require_steps(f"{name}.log_ratio", "the logarithm of the ratio", ratio, logp.shape)
+    return (below, above), ratio
+
+
+@contextmanager
+def _asked(algorithm: Algorithm, who: str, traj: Trajectory) -> Iterator[None]:
+    """Around a call of a method that may be the user's: what it raises is told with its place, and it may change
+    nothing of `traj`, from which the losses of all that follows are taken."""
+    if type(algorithm).__module__.startswith("steersman."):
+        yield
+        return
+    tensors = {f.name: x for f in fields(traj) if isinstance(x := getattr(traj, f.name), Tensor)}
+    # Tensors made in inference mode count no changes.
+    before = {name: x._version for name, x in tensors.items() if not x.is_inference()}
+    with user_errors(who):
+        yield
+    changed = [name for name, version in before.items() if tensors[name]._version != version]
+    if changed:
+        raise SteersmanError(
+            f"{who} changed traj.{changed[0]} in place; work on a copy of it, traj.{changed[0]}.clone()"
+        )
 
 
 def _require_steps(who: str, what: str, found: Any, shape: torch.Size) -> None:

@@ -14,15 +14,17 @@ from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section, key_names
 from steersman.data import read_rows
 from steersman.data.encoding import check_encoding
+from steersman.data.needed import whole_rows
+from steersman.data.rows import BadRows
 from steersman.distributed.parallel import ParallelConfig
 from steersman.distributed.ranks import ranks
-from steersman.evaluation import judge
+from steersman.evaluation import judge, needs_of_all
 from steersman.guards.terminal import printable, say
 from steersman.metrics import Corpus, Metric, metric
 from steersman.recipe.evaluation import MetricSection, named_metrics
 from steersman.run.console import new_console
 from steersman.run.run_config import ManyRunConfig
-from steersman.types import Prompt, Sample, SteersmanError
+from steersman.types import Needs, Prompt, Sample, SteersmanError
 from steersman.verbs.generate import GenerateRecipe, responses
 
 
@@ -87,7 +89,8 @@ def run(recipe: EvaluateRecipe) -> dict[str, Any]:
         check_places(recipe.out, _answers_file(recipe))
 
     ranks().from_main(make, "the metrics")
-    samples = _from_file(recipe) if recipe.generate is None else _answers(recipe, recipe.generate)
+    needs = needs_of_all(made, recipe.metrics)
+    samples = _from_file(recipe, needs) if recipe.generate is None else _answers(recipe, recipe.generate, needs)
     return ranks().from_main(lambda: _judged(recipe, made, samples), "the metrics")
 
 
@@ -112,12 +115,12 @@ def _judged(recipe: EvaluateRecipe, made: dict[str, Metric], samples: list[Sampl
     return summary
 
 
-def _answers(recipe: EvaluateRecipe, generate: GenerateRecipe) -> list[Sample]:
+def _answers(recipe: EvaluateRecipe, generate: GenerateRecipe, needs: Needs) -> list[Sample]:
     """A model's answers, kept where `_answers_file` says."""
     kept = _answers_file(recipe)
     if kept is None and ranks().main:
         say("the answers are not kept; --generate.out FILE.jsonl keeps them")
-    return [_sample(r.prompt, r.text) for r in responses(generate, kept)]
+    return [_sample(r.prompt, r.text) for r in responses(generate, kept, needs, "generate.")]
 
 
 def _answers_file(recipe: EvaluateRecipe) -> str | None:
@@ -128,10 +131,12 @@ def _answers_file(recipe: EvaluateRecipe) -> str | None:
     return recipe.generate.out or beside
 
 
-def _from_file(recipe: EvaluateRecipe) -> list[Sample]:
+def _from_file(recipe: EvaluateRecipe, needs: Needs) -> list[Sample]:
     assert recipe.file is not None
     samples = []
-    for row in read_rows(recipe.file, encoding=recipe.encoding, encoding_key="encoding"):
+    rows = list(read_rows(recipe.file, encoding=recipe.encoding, encoding_key="encoding"))
+    whole_rows(rows, needs, BadRows(key=None))
+    for row in rows:
         text = row.data.get(recipe.completion)
         if not isinstance(text, str):
             have = ", ".join(row.data)

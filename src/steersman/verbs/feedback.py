@@ -17,13 +17,12 @@ from steersman.model import context_length
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
 from steersman.setup.models import policy_from
-from steersman.setup.reference import reference_from
 from steersman.train.offline import WholeBatches
 from steersman.train.reference_looks import reference_looks
 from steersman.train.session import Session
 from steersman.types import Stats
 from steersman.verbs.offline_recipe import OfflineRecipe
-from steersman.verbs.offline_run import carry_out, frozen_models
+from steersman.verbs.offline_run import carry_out, frozen_models, read_or_follow, reference_of
 from steersman.verbs.preflight import describe_run
 
 L = TypeVar("L", KTOConfig, BCOConfig)
@@ -93,7 +92,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         laid = layout(policy, recipe.data)
         order = Order(recipe.train.batch_size, recipe.run.seed, by_length=FeedbackRun.by_length)
         data = training(recipe.data, "feedback", laid, context=context_length(policy.model), order=order)
-        reference, looks = reference_from(recipe.reference, recipe.model, recipe.run, policy), None
+        reference, looks = reference_of(recipe, policy), None
         frozen = frozen_models(recipe.reference_waits, reference=reference)
         if recipe.samples.count(True):
             looks = reference_looks(policy, reference, data.held_out or data.train, recipe.samples, session)
@@ -105,12 +104,12 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         )
         model = recipe.model.model_dump(mode="json")
         objective.readings.keep_in(session.path / "reference", reference=recipe.reference, model=model)
-        state.prepare = objective.read_reference
         pre = Preflight(f"steersman {name} ({LOSSES[name].source})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         labels, where = data.train.values("label"), " in the first buffer" if recipe.data.stream else ""
         weights = "weights {:.3g} and {:.3g}".format(*objective.weights)
         pre.fact("labels", f"{labels.sum():,.0f} thumbs up, {(1 - labels).sum():,.0f} down{where}; {weights}")
         pre.fact("leads to", LOSSES[name].fixed_point)
+        read_or_follow(pre, state, recipe, reference, read=objective.read_reference)
         sampled = None if looks is None else looks.sampled()
         return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)

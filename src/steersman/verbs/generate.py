@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 from steersman.atomic import check_places, write_atomic
 from steersman.config.sections import Section, key_names
 from steersman.data import DataConfig, Query, Row, encode_prompts, keys_of_other_kinds, layout, prompts, wrapped
+from steersman.data.needed import whole_rows
+from steersman.data.rows import BadRows
 from steersman.distributed.parallel import WithoutZeroConfig
 from steersman.distributed.ranks import ranks
 from steersman.guards.terminal import printable, say
@@ -26,7 +28,7 @@ from steersman.run.progress import ProgressLine
 from steersman.run.run_config import KEPT_ONLY, ManyRunConfig, device_of
 from steersman.setup.generators import open_generator, piece_size, sample_on_all_ranks
 from steersman.setup.models import policy_from
-from steersman.types import Progress, Prompt, SteersmanError
+from steersman.types import Needs, Progress, Prompt, SteersmanError
 
 
 class GenerateRecipe(Section):
@@ -89,9 +91,12 @@ class Response:
     tokens: int
 
 
-def responses(recipe: GenerateRecipe, out: str | None) -> list[Response]:
+def responses(
+    recipe: GenerateRecipe, out: str | None, needs: Needs = lambda rows: [], section: str = ""
+) -> list[Response]:
     """The responses that the recipe asks for, those of the first prompt first, written to the file `out` if given.
 
+    `needs` says what the rows must have, `section` where the recipe stands in another one ("generate.").
     Until that is whole they are kept as they come in the folder `<out>.parts`; the same call goes on from there.
     Raises SteersmanError where that folder is of another recipe, data or model.
     """
@@ -103,10 +108,15 @@ def responses(recipe: GenerateRecipe, out: str | None) -> list[Response]:
         if recipe.data
         else [Query(p, Row({}, "prompts", i + 1)) for i, p in enumerate(recipe.prompts)]
     )
+    bad = BadRows(config.on_bad_row, f"{section}data.on_bad_row")
+    read = [replace(q.row, data={**q.row.data, "prompt": q.prompt}) for q in rows]
+    rows = [rows[place] for place in ranks().from_main(lambda: whole_rows(read, needs, bad), "the rows")]
+    if bad.counts:
+        say(bad.sentence)
     laid = layout(policy, config)
     if config.wrap_in_chat is None and wrapped(rows, laid):
         off = "data.wrap_in_chat" if recipe.data else "wrap_in_chat"
-        say(f"plain-text prompts become a user's turn in the model's chat template (off: --{off} false)")
+        say(f"plain-text prompts become a user's turn in the model's chat template (off: --{section}{off} false)")
     asked, _, _ = encode_prompts(rows, laid, config, context_length(policy.model), rollout.max_new_tokens)
     sampling = rollout.sampling().as_greedy() if recipe.greedy else rollout.sampling()
     with closing(open_generator(rollout, policy)) as engine, whole_weights(policy):

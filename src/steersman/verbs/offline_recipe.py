@@ -10,6 +10,7 @@ from steersman.config.sections import Section
 from steersman.data import LargeDataConfig
 from steersman.distributed.parallel import ParallelConfig
 from steersman.recipe.evaluation import EvaluationSection
+from steersman.recipe.moving_reference import MovingReference
 from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
 from steersman.run.run_config import ManyRunConfig
@@ -29,6 +30,11 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     train: PackedOfflineConfig = PackedOfflineConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5, warmup=0.1, schedule="linear")
     reference: str = Field(default="start", description="start (the policy before training) or a folder")
+    moving_reference: MovingReference | None = Field(
+        default=None,
+        description="a reference that follows the policy as it learns (docs/algorithms.md, A reference that moves); "
+        "null: it stays as it is",
+    )
     offload: bool = Field(
         default=False,
         description="the reference waits in the CPU's memory and is on the device only while it is read: once "
@@ -55,12 +61,12 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
     @property
     def separate_reference(self) -> bool:
         """Whether a reference with weights of its own is read."""
-        return self.reference != "start" or self.model.lora is None
+        return self.reference != "start" or self.model.lora is None or self.moving_reference is not None
 
     @property
     def reads_reference_in_updates(self) -> bool:
         """Whether every micro-batch reads the reference, so that it is never idle."""
-        return self.data.large
+        return self.data.large or self.moving_reference is not None
 
     @property
     def reads_reference_between_updates(self) -> bool:
@@ -84,7 +90,31 @@ class OfflineRecipe(TrainingRecipe, Generic[L]):
             raise ValueError("offload: there is no reference of its own to move; remove it")
         if self.reads_reference_in_updates:
             raise ValueError(
-                "offload: the reference is read in every micro-batch (data.stream, data.cache, or a loss of whole "
-                "distributions), so it is never idle; remove offload"
+                "offload: the reference is read in every micro-batch (data.stream, data.cache, moving_reference, or "
+                "a loss of whole distributions), so it is never idle; remove offload"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _moves_as_it_can(self) -> OfflineRecipe[L]:
+        """What refuses a reference that moves."""
+        section = self.moving_reference
+        if section is None:
+            return self
+        if self.reference != "start":
+            raise ValueError(
+                f"moving_reference begins as the policy before training, and reference is {self.reference}; remove "
+                "one of the two"
+            )
+        if self.parallel.stage:
+            raise ValueError(
+                f"moving_reference: parallel.mode {self.parallel.mode} is not for it; use mode: fsdp, or replicas"
+            )
+        if self.train.keep == "best" and section.is_hard and self.run.eval_every % section.every == 0:
+            raise ValueError(
+                f"train.keep is best, but the reference becomes the policy every {section.every} updates and every "
+                f"evaluation comes right after that (run.eval_every {self.run.eval_every}), where all margins are 0 "
+                "and no weights are better than others; choose a moving_reference.every that does not divide "
+                "run.eval_every, or train.keep: last"
             )
         return self

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +11,8 @@ from steersman.model import Policy, bytes_to_come, keep_away
 from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
 from steersman.setup.models import rate_text, save_model
-from steersman.setup.reference import Reference
+from steersman.setup.reference import Reference, reference_from
+from steersman.train.moving import copy_to_move, moving
 from steersman.train.offline import Offline, restore_best
 from steersman.train.session import Session
 
@@ -37,6 +38,8 @@ def carry_out(
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
     for name, other in frozen.items():
         models.append(Model(name, other.model, other.model.name_or_path, coming=bytes_to_come(other)))
+    beside = {} if state.moving is None else state.moving.beside()
+    models += [Model(f"reference's {name}", kept, "of the policy's weights") for name, kept in beside.items()]
     pre.fact("optimizer.lr", rate_text(policy, recipe.optimizer.lr))
     announce(pre, session.device, models, state.load(longest), sampled)
     for note in policy.notes:
@@ -48,6 +51,39 @@ def carry_out(
     save_model(policy, recipe.model, session.path / "model")
     measured = evaluation.of_saved(again=recipe.train.keep == "best")
     return session.summary({"model": str(session.path / "model"), **state.objective.evaluate(), **measured})
+
+
+def reference_of(recipe: Any, policy: Policy) -> Reference:
+    """The reference of an offline recipe: a frozen copy of the policy where it is to move."""
+    if recipe.moving_reference is not None:
+        return copy_to_move(policy, recipe.model, recipe.run)
+    return reference_from(recipe.reference, recipe.model, recipe.run, policy)
+
+
+def read_or_follow(
+    pre: Preflight,
+    state: Offline,
+    recipe: Any,
+    reference: Reference | None,
+    *,
+    read: Callable[[Sequence[int]], None],
+) -> None:
+    """Has `read` read a reference that stays, once, before training, and lets one that moves follow the policy.
+    Refuses one that would never move."""
+    section = recipe.moving_reference
+    if section is None:
+        state.prepare = read
+        return
+    assert reference is not None
+    assert reference.separate is not None
+    pre.fact("reference", f"{section.describe()}; what the loss leads to is counted from where it then is")
+    if section.first > state.total:
+        pre.refuse(
+            f"moving_reference: the reference moves for the first time after update {section.first:,}, and the run "
+            f"has {state.total:,}; give a smaller moving_reference.every, such as {max(1, state.total // 8):,}"
+        )
+    policy: Any = state.objective.module
+    state.moving = moving(section, reference.separate, policy)
 
 
 def frozen_models(wait: bool, **references: Reference | None) -> dict[str, Policy]:

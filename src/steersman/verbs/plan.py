@@ -102,6 +102,8 @@ def roles_of(recipe: Any, size: str) -> list[Role]:
     if isinstance(recipe, RewardModelRecipe):
         return [learner("model", model.path, model, size, scalar=True)]
     own = learner("actor" if isinstance(recipe, OnPolicyRecipe) else "model", model.path, model, size)
+    if isinstance(recipe, FeedbackRecipe | PreferenceRecipe) and recipe.moving_reference is not None:
+        return [own, moving_reference(own, recipe)]
     if isinstance(recipe, FeedbackRecipe):
         return [own, reference(recipe.reference, own, recipe, size, waits=recipe.reference_waits)]
     if isinstance(recipe, PreferenceRecipe):
@@ -161,6 +163,24 @@ def reference(folder: str, own: Role, recipe: Any, size: str, *, waits: bool) ->
     return Role(name, shape, matrices=MATRICES[recipe.model.quantise], offloaded=waits)
 
 
+def moving_reference(own: Role, recipe: Any) -> Role:
+    """A copy of the policy that follows it, with the averages that it keeps. It is on the policy's base where only
+    adapters learn and the base does not lie in pieces."""
+    if recipe.moving_reference.kind == "bema":
+        kept = 2 * own.trained
+    else:
+        kept = own.trained_whole if weight_bytes(recipe.model.dtype) < 4 else 0
+    if own.adapter_parameters:
+        kept += own.trained_whole  # modules that are trained whole beside adapters are copied too
+    shares = own.adapter_parameters and not recipe.parallel.in_pieces
+    return replace(own, name="reference", trained=0, owns_base=not shares, averages=kept)
+
+
+def weight_bytes(dtype: str) -> int:
+    """Bytes of a weight of `model.dtype` on an accelerator."""
+    return 2 if dtype in ("bfloat16", "float16", "auto") else 4
+
+
 def judge(name: str, path: str, recipe: OnPolicyRecipe[Any], size: str) -> Role:
     """A reward model; saved adapters stand on the shared base where there is one."""
     shape, added = shape_of(size or path).scalar(), adapters(path, None, size, scalar=True)
@@ -187,7 +207,7 @@ def can_be_critic(path: str, recipe: OnPolicyRecipe[Any]) -> bool:
 
 def work_of(recipe: Any, prompt_tokens: int) -> Work:
     """What an iteration (offline: an update) goes through."""
-    weight = 2 if recipe.model.dtype in ("bfloat16", "float16", "auto") else 4
+    weight = weight_bytes(recipe.model.dtype)
     common = {
         "micro": recipe.run.micro_tokens if "micro_tokens" in recipe.run.model_fields_set else ON_ACCELERATOR,
         "weight": weight,

@@ -20,7 +20,7 @@ from steersman.train.reference_looks import reference_looks
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe
-from steersman.verbs.offline_run import carry_out, frozen_models
+from steersman.verbs.offline_run import carry_out, frozen_models, read_or_follow, reference_of
 from steersman.verbs.preflight import describe_run
 
 ANCHOR_SHARE = 0.1
@@ -81,6 +81,15 @@ class PreferenceRecipe(OfflineRecipe[PairLossConfig]):
                 f"train.batch_size is 1, but {named} compares the distributions of a batch's answers; give at least "
                 "2, better 16 or more"
             )
+        if self.moving_reference is not None and not self.loss.needs_reference:
+            raise ValueError(
+                f"moving_reference: {' and '.join(self.loss.entries)} has no reference; remove it, or choose a loss "
+                "with one, such as dpo"
+            )
+        if self.moving_reference is not None and self.anchor is not None:
+            raise ValueError(
+                "moving_reference: a mixture with an anchor does not move; remove moving_reference, or anchor"
+            )
         if self.anchor is None and self.anchor_share != ANCHOR_SHARE:
             raise ValueError("anchor_share is the share of an anchor, and none is given; give anchor, or remove it")
         if self.reference != "start" and not self.reads_reference:
@@ -109,7 +118,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         _check_explored(recipe.loss, data.train)
         reference = looks = anchor = None
         if recipe.reads_reference:
-            reference = reference_from(recipe.reference, recipe.model, recipe.run, policy)
+            reference = reference_of(recipe, policy)
         if recipe.anchor is not None:
             second = reference_from(recipe.anchor, recipe.model.model_copy(update={"lora": None}), recipe.run, policy)
             anchor = (second, recipe.anchor_share)
@@ -129,11 +138,11 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
             session.path / "reference", reference=recipe.reference, anchor=recipe.anchor, share=recipe.anchor_share,
             model=recipe.model.model_dump(mode="json"),
         )  # fmt: skip
-        state.prepare = objective.read_reference
         sources = dict.fromkeys(entry.source for entry in recipe.loss.entries.values())
         pre = Preflight(f"steersman {' + '.join(recipe.loss.entries)} ({', '.join(sources)})")
         describe_run(pre, session, recipe.train.batch_size, state.total, data.summary)
         pre.fact("leads to", recipe.loss.leads_to)
+        read_or_follow(pre, state, recipe, reference, read=objective.read_reference)
         sampled = None if looks is None else looks.sampled()
         return carry_out(pre, session, state, recipe, policy, int(data.train.lengths.max()), frozen, sampled)
 

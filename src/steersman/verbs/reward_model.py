@@ -214,6 +214,11 @@ def _evaluate(session: Session, recipe: RewardModelRecipe, kind: Kind) -> dict[s
 class _Nothing:
     """The state of a run that changes nothing."""
 
+    whole = True
+
+    def position(self) -> dict[str, Any]:
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

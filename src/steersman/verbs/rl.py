@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,17 @@ import torch
 
 from steersman import native
 from steersman.data import Batches, Mixture, encode_prompts, episode_rows, layout, mixture, prompts, wrapped
+from steersman.data.needed import loaded_with_needed
+from steersman.data.rows import BadRows
 from steersman.data.tokenize import smallest
 from steersman.environments.check import try_one_episode
 from steersman.evaluation import Evaluation
 from steersman.guards.user_code import user_code
-from steersman.model import Policy, at_hand, bytes_to_come, context_length
+from steersman.model import at_hand, bytes_to_come, context_length
 from steersman.ops.masked import masked_sum
 from steersman.ops.text import distinct_n, perplexity
 from steersman.plan.memory import Load, Model, SamplingLoad, announce, largest_load
 from steersman.recipe.on_policy import CriticConfig, OnPolicyRecipe
-from steersman.reward import columns_of
 from steersman.run.device import device_text
 from steersman.run.held_out import NONE_HELD_OUT, holds_out
 from steersman.run.preflight import Preflight
@@ -49,26 +50,27 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
         metric="held_out/reward/total" if recipe.stop is None else "held_out/judge",
         headline=("reward/total", "kl", "entropy", "length/mean"), health=recipe.health,
     )  # fmt: skip
-    with session, ExitStack() as stack:
+    with ExitStack() as stack, session:  # what samples is still there when an error has the last step saved
         roles = build_roles(recipe, session.device)
         stack.callback(roles.engine.close)
-        train, held_out, mix, in_turns = _prompts(recipe, roles.policy)
-        for prompts in filter(None, (train, held_out)):
-            roles.reward.require_columns(columns_of(prompt.row for prompt in prompts))
+        asked = _prompts(recipe, roles)
+        train, held_out = asked.train, asked.held_out
         _require_one_batch(recipe, len(train))
         lengths = [len(p.ids) for p in train]
         batches = Batches(
-            len(train), recipe.rollout.prompts, recipe.run.seed, shuffle=recipe.data.shuffle, drop_last=True, mix=mix
+            len(train),
+            recipe.rollout.prompts,
+            recipe.run.seed,
+            shuffle=recipe.data.shuffle,
+            drop_last=True,
+            mix=asked.mix,
         )
         state = (Ahead if recipe.rollout.ahead else OnPolicy)(recipe, roles, train, batches)
         looks = RewardLooks(roles, held_out, recipe)
         evaluation = Evaluation(roles.policy, recipe.evaluation, session)
-        _preflight(
-            session, recipe, roles, evaluation,
-            train=train, held=held_out, longest=max(lengths), in_turns=in_turns,
-        )  # fmt: skip
-        asked = [*lengths, *(len(p.ids) for p in held_out)]
-        roles.engine.prepare(max(asked) + recipe.rollout.max_new_tokens)
+        _preflight(session, recipe, roles, evaluation, asked, longest=max(lengths))
+        longest = max([*lengths, *(len(p.ids) for p in held_out)])
+        roles.engine.prepare(longest + recipe.rollout.max_new_tokens)
         session.begin(state, recipe.iterations)
         if not prepare_values(state, session):
             return session.summary({})
@@ -76,20 +78,23 @@ def run(recipe: OnPolicyRecipe, *, resume: bool = False) -> dict[str, Any]:
             session.observe(0, {**looks.look(session, 0), **evaluation.look()})
             if recipe.stop is not None:
                 session.keep_start()
-        before, after = first_and_last(session)
+
+        def look() -> Stats:
+            return {**looks.look(session, session.step), **evaluation.look()}
+
+        session.make_up(look)
         early = EarlyEnd(recipe, session)
         for step in session.steps():
             seen = state.iteration()
             for note in seen.notes:
                 session.log.note(note, style="yellow")
-            if step % recipe.run.eval_every == 0 or step == recipe.iterations:
-                after = looks.look(session, step)
-                seen.stats.update(after)
-                seen.stats.update(evaluation.look())
-            session.observe(step, seen.stats, [s.text for s in seen.samples])
-            early.look(seen.stats)
+            due = step % recipe.run.eval_every == 0 or step == recipe.iterations
+            texts = [s.text for s in seen.samples]
+            logged = session.observe(step, seen.stats, texts, publish=state.publish, look=look if due else None)
+            early.look(logged)
         if session.stopped:
             return session.summary({})
+        before, after = first_and_last(session)
         after = early.take_best(roles, after)
         save_model(roles.policy, recipe.model, session.path / "model")
         measured = evaluation.of_saved(again=recipe.stop is not None)
@@ -207,11 +212,24 @@ def _interval(look: Stats) -> str:
     return f"{mean:.4g}" if error is None else f"{mean:.4g} ± {Z * error:.2g}"
 
 
-def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list[Prompt], Mixture | None, bool]:
-    """Training prompts, those of the looks, how sets of the former are mixed, and whether plain texts among them
-    became a user's turn. Without held-out rows the looks are at the last few training prompts, which stay in training
-    too."""
+@dataclass(frozen=True, slots=True)
+class AskedPrompts:
+    """Training prompts, those of the looks, how sets of the former are mixed, whether plain texts among them became a
+    user's turn, and the rows that were left out."""
+
+    train: list[Prompt]
+    held_out: list[Prompt]
+    mix: Mixture | None
+    in_turns: bool
+    left_out: BadRows
+
+
+def _prompts(recipe: OnPolicyRecipe, roles: Roles) -> AskedPrompts:
+    """The prompts of the rows that have what the reward needs. Without held-out rows the looks are at the last few
+    training prompts, which stay in training too."""
+    policy = roles.policy
     loaded = prompts(recipe.data) if recipe.environment is None else episode_rows(recipe.data)
+    loaded = loaded_with_needed(loaded, roles.reward.needs)
     laid = layout(policy, recipe.data)
     context, new = context_length(policy.model), recipe.rollout.max_new_tokens
     train, _, _ = encode_prompts(loaded.train, laid, recipe.data, context, new)
@@ -220,7 +238,8 @@ def _prompts(recipe: OnPolicyRecipe, policy: Policy) -> tuple[list[Prompt], list
     else:
         held_out = train[-recipe.rollout.held_out :] if recipe.rollout.held_out else []
     mix = mixture(recipe.data, [loaded.train[p.index].row.part for p in train])
-    return train, held_out[: recipe.rollout.held_out], mix, wrapped(loaded.train, laid)
+    held_out = held_out[: recipe.rollout.held_out]
+    return AskedPrompts(train, held_out, mix, wrapped(loaded.train, laid), loaded.left_out)
 
 
 def _require_one_batch(recipe: OnPolicyRecipe, size: int) -> None:
@@ -237,9 +256,10 @@ def _require_one_batch(recipe: OnPolicyRecipe, size: int) -> None:
 
 
 def _preflight(
-    session: Session, recipe: OnPolicyRecipe, roles: Roles, evaluation: Evaluation,
-    *, train: list[Prompt], held: list[Prompt], longest: int, in_turns: bool,
+    session: Session, recipe: OnPolicyRecipe, roles: Roles, evaluation: Evaluation, asked: AskedPrompts,
+    *, longest: int,
 ) -> None:  # fmt: skip
+    train, held = asked.train, asked.held_out
     algorithm, rollout, run = recipe.algorithm, recipe.rollout, recipe.run
     pre = Preflight(f"steersman {algorithm.name}: {algorithm.title} ({algorithm.paper})")
     samples = rollout.prompts * rollout.samples
@@ -258,7 +278,9 @@ def _preflight(
     pre.fact("data", f"{len(train):,} prompts, {apart} held out; the longest has {longest} tokens")
     if held and not apart:
         pre.fact("looks", f"at the last {len(held)} training prompts: {NONE_HELD_OUT}")
-    if in_turns:
+    if asked.left_out.counts:
+        pre.fact("left out", asked.left_out.sentence)
+    if asked.in_turns:
         pre.fact("plain-text prompts", "become a user's turn in the chat template (data.wrap_in_chat)")
     pre.fact("reward", roles.reward.describe())
     if session.device.type == "cpu" and native.why_not() is not None:

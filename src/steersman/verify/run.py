@@ -142,6 +142,11 @@ def _names(only: str) -> list[str]:
     known = [*ALGORITHMS, *preference_check.CHECKS, *distillation.CHECKS, *self_play.CHECKS]
     names = [name.strip() for name in only.split(",") if name.strip()]
     for name in names:
+        if ":" in name:
+            raise SteersmanError(
+                f"only: {name} is a method of your own; hold it to the exact gradient with check_gradient of "
+                'steersman.verify.gradient (docs/architecture.md, "how to add a part")'
+            )
         if name not in known:
             near = get_close_matches(name, known, 1)
             raise SteersmanError(

@@ -75,6 +75,7 @@ def test_it_waits_learns_tests_and_promotes(tmp_path, mini_model, capsys):
     page = (tmp_path / "run/wheel.html").read_text()
     for said in ("promoted", "90 judgements by 10 people", "human/accuracy", "share won", "pairs.jsonl"):
         assert said in page
+    assert "\u2013 to \u2013" not in page  # of what has no interval
     # what the test was about teaches the next turn
     more = turn({**values, "turns": 2})
     assert "turn 2 is tested" in more["state"] or more["decisions"][-1]["turn"] == 2

@@ -364,16 +364,18 @@ def test_two_runs_on_one_server_are_told_apart(running):
 
 class Elsewhere:
     """Our server's own routes in a thread; `dead`, it ends every connection without a word, and with `troubles` it
-    does so with as many requests for samples, or answers them with these statuses."""
+    does so with as many requests for samples, or answers them with these statuses. `asked` has every path."""
 
     def __init__(self) -> None:
         self.desk, self.dead, self.troubles = EngineRoutes(make_policy, 8), False, []
+        self.asked: list[str] = []
         outer = self
 
         class Routes(Handler):
             key = os.environ[ENGINE_KEY]
 
             def _answer(self, body):
+                outer.asked.append(self.path)
                 bad = outer.troubles.pop() if outer.troubles and "generate" in self.path else None
                 if outer.dead or bad == "drop":
                     self.close_connection = True
@@ -411,7 +413,9 @@ def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(runni
         assert right()
         assert generator.stations[1].gone
     assert capsys.readouterr().err.count("The other servers take its prompts") == 1
+    other.asked.clear()
     assert generator.update_weights(2)["sync/servers"] == 1
+    assert other.asked == ["/health"]  # one that was gone already costs no update its time limit
     other.dead, other.desk = False, EngineRoutes(make_policy, 8)
     assert generator.update_weights(3)["sync/servers"] == 2
     assert right()

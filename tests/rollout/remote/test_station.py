@@ -142,7 +142,8 @@ def test_a_server_of_another_model_is_named_before_weights_are_sent(rows, change
         version={"version": "0.32.0"}, v1__models={"data": [{"id": "policy"}]}, weight_info={"weight_version": ""},
         collective_rpc={
             "results": [
-                {"max_num_seqs": 4, "model": held, "logprobs_mode": "processed_logprobs", "max_logprobs": 20}
+                {"max_num_seqs": 4, "model": held, "logprobs_mode": "processed_logprobs", "max_logprobs": 20,
+                 "max_lora_rank": 0}
             ]
         },
         start_weight_update=lambda: began.append(1) or {},

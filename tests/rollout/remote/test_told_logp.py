@@ -12,7 +12,7 @@ from test_faults import Elsewhere, Stub
 
 from steersman.cli import main
 from steersman.guards import retry
-from steersman.model import Policy
+from steersman.model import LoraConfig, Policy
 from steersman.rollout import Sampling
 from steersman.rollout.remote import ReceiptError, ServerSettings, open_process, open_vllm
 from steersman.types import Prompt, SteersmanError
@@ -80,7 +80,13 @@ def vllm(policy: Policy, **told) -> Stub:
     """What vLLM 0.32 says of itself, started with the command of the documentation but for what is `told`."""
     own = policy.model.config.to_dict()
     held = {name: own[name] for name in ("hidden_size", "num_hidden_layers")} | {"vocab_size": 35}
-    settings = {"max_num_seqs": 4, "model": held, "logprobs_mode": "processed_logprobs", "max_logprobs": 20} | told
+    settings = {
+        "max_num_seqs": 4,
+        "model": held,
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": 20,
+        "max_lora_rank": 0,
+    } | told
     return Stub(
         version={"version": "0.32.0"}, v1__models={"data": [{"id": "policy", "max_model_len": 64}]},
         weight_info={"weight_version": ""},
@@ -107,6 +113,23 @@ def test_what_vllm_was_started_with_is_looked_at_when_it_is_opened(told, samplin
     stub = vllm(policy, **told)
     with pytest.raises(SteersmanError, match=f"rollout server {stub.url}: .*{said}"):
         open_vllm(policy, ServerSettings((2,), 4, urls=(stub.url,), timeout=5.0, sampling=sampling))
+
+
+@pytest.mark.parametrize(
+    ("told", "rank", "said"),
+    [
+        (0, 4, "it takes no adapters, and the policy's have rank 24; .*--enable-lora --max-lora-rank 32 "),
+        (16, 4, "it takes adapters up to rank 16, and the policy's have rank 24"),
+        (512, 600, r"rollout\.sync adapter: vLLM takes adapters up to rank 512, and the policy's have rank 600"),
+    ],
+)
+def test_a_server_must_take_the_largest_rank_of_all_adapters(told, rank, said):
+    policy = make_policy()
+    policy.adapt(LoraConfig(r=rank))
+    policy.adapters.peft_config["default"].rank_pattern = {"down_proj": 24}
+    stub = vllm(policy, max_lora_rank=told)
+    with pytest.raises(SteersmanError, match=said):
+        open_vllm(policy, ServerSettings((2,), 4, urls=(stub.url,), timeout=5.0, adapter=True))
 
 
 def test_all_that_vllm_can_tell_is_enough(capsys):

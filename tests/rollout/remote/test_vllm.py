@@ -18,11 +18,13 @@ from remote_kit import asked, move
 from steersman.model import Policy
 from steersman.rollout import Sampling
 from steersman.rollout.remote import ReceiptError, ServerSettings, open_vllm, snapshot
-from steersman.rollout.remote.wire import ServerGoneError
+from steersman.rollout.remote.launch import ServerProcess
+from steersman.rollout.remote.servers import EXTENSION, lora_words, vllm_command, vllm_environment
+from steersman.rollout.remote.wire import VLLM_KEY, ServerGoneError
 from steersman.types import SteersmanError, Tokens
 
 PYTHON = Path(
-    os.environ.get("STEERSMAN_VLLM_PYTHON", Path(__file__).resolve().parents[5] / "env" / "vllm" / "bin" / "python")
+    os.environ.get("STEERSMAN_VLLM_PYTHON", Path(__file__).resolve().parents[4] / "env" / "vllm" / "bin" / "python")
 )
 pytestmark = [
     pytest.mark.vllm,
@@ -49,6 +51,8 @@ def save_llama(folder: Path, *, tied: bool = True, padding: int = 13, hidden: in
 def served(tmp_path_factory):
     from steersman.model import load_policy
 
+    key = pytest.MonkeyPatch()
+    key.setenv(VLLM_KEY, "a key")  # as whoever starts a server of their own sets it for the run too
     torch.set_num_threads(1)
     policy: Policy = load_policy(save_llama(tmp_path_factory.mktemp("llama")), device="cpu", dtype="float32")
     generator = open_vllm(
@@ -57,6 +61,14 @@ def served(tmp_path_factory):
     )
     yield policy, generator
     generator.close()
+    key.undo()
+
+
+def move_adapters(policy: Policy) -> None:
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
 def gap(policy: Policy, samples, temperature: float = 1.0) -> float:
@@ -253,10 +265,7 @@ def test_adapters_travel_alone(tmp_path):
     torch.manual_seed(0)
     try:
         for version in (1, 2, 3):
-            with torch.no_grad():
-                for parameter in policy.parameters():
-                    if parameter.requires_grad:
-                        parameter.add_(torch.randn_like(parameter) * 0.05)
+            move_adapters(policy)
             assert generator.update_weights(version)["sync/gap"] < 1e-4
             samples = generator.generate(asked(), Sampling(16), n=2, seed=version, record_support=True)
             assert gap(policy, samples) < 1e-4
@@ -272,6 +281,44 @@ def test_adapters_travel_alone(tmp_path):
         assert generator.update_weights(5)["sync/gap"] < 1e-4
     finally:
         generator.close()
+
+
+def test_a_server_with_the_base_as_it_lies_in_its_folder_never_samples_padding(tmp_path, monkeypatch):
+    """A server of the user's has the base's whole table; a third of its rows is padding here, and as likely."""
+    from steersman.model import LoraConfig, load_policy
+
+    monkeypatch.setenv(VLLM_KEY, "a key")
+    folder = save_llama(tmp_path / "base")
+    policy, larger = (load_policy(str(folder), lora=LoraConfig(r=r), device="cpu", dtype="float32") for r in (4, 20))
+    words = vllm_command(str(PYTHON), str(folder), "float32", 20, True)
+    words[words.index("dummy")] = "auto"
+    launched = ServerProcess(
+        "server of the user", lambda port: [*words, *lora_words(policy), "--port", str(port)], tmp_path / "log",
+        timeout=600.0, key="a key",
+        environment={
+            **vllm_environment(True), "PYTHONPATH": str(EXTENSION), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            VLLM_KEY: "a key",
+        },
+    )  # fmt: skip
+    launched.start()
+    try:
+        server = launched.wait()
+        wanted = ServerSettings((2,), 16, timeout=600.0, urls=(server.url,), adapter=True)
+        with pytest.raises(
+            SteersmanError, match=r"takes adapters up to rank 8, .* have rank 20; .*--max-lora-rank 32"
+        ):
+            open_vllm(larger, wanted)
+        generator = open_vllm(policy, wanted)
+        move_adapters(policy)
+        assert generator.update_weights(1)["sync/gap"] < 1e-4
+        samples = generator.generate(asked(), Sampling(40, temperature=1.5), n=4, seed=1, record_support=True)
+        assert max(i for s in samples for i in s.ids) < len(LETTERS)
+        assert gap(policy, samples, 1.5) < 1e-4
+        assert len(server.models()) == 2
+        generator.close()
+        assert server.models() == ["policy"]
+    finally:
+        launched.stop()
 
 
 def test_a_prefix_cache_that_outlives_its_weights_is_caught(served, monkeypatch):

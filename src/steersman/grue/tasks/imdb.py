@@ -1,8 +1,16 @@
 """Sentiment continuation: go on with a review (or story) so that it is positive.
 
-Original: IMDB (Maas et al. 2011), 64 tokens in, 48 out, and a learned classifier as the reward; here the prompt is
-the first words of a review. Give the paper's reward with per_task.imdb.reward: {mood: {metric: classifier, args:
-{path: ..., label: POSITIVE}}}. Stand-in: vaderSentiment's movie snippets and TinyStories, as many of each.
+Original: IMDB (Maas et al. 2011) as the benchmark's authors cut it (allenai/RL4LMs): the first half of a review is
+the prompt, of which the model reads the end; `validation` is a fifth of the set's training split; supervised cells
+learn on positive reviews alone. Departures: the prompt is the last 48 words of that half (theirs is its last 64
+tokens, and their classifier reads the whole half); a reference is the first 36 words of the second half (theirs is
+all of it); the fifth is chosen by a hash (theirs anew in each run); "<br />" is a space; negative reviews are left
+out of the held-out demonstrations too.
+
+Their reward is a classifier, to be given with per_task.imdb.reward (docs/grue.md says how). The column `label` is 1
+for a positive review and 0 for a negative one.
+
+Stand-in: vaderSentiment's movie snippets and TinyStories, as many of each, without labels.
 """
 
 from __future__ import annotations
@@ -17,9 +25,16 @@ MOST = 2000
 
 
 def review(row: Row) -> Iterable[Row]:
-    start, rest = first_words(row["text"].replace("<br />", " "), 48)
-    if rest:
-        yield {"start": start, "references": [first_words(rest, 36)[0]]}
+    words = row["text"].replace("<br />", " ").split()
+    half = len(words) // 2
+    if half:
+        start, rest = words[max(0, half - 48) : half], words[half : half + 36]
+        yield {"start": " ".join(start), "references": [" ".join(rest)], "label": row["label"]}
+
+
+def belongs(row: Row, split: str) -> bool:
+    """Training and validation rows share the set's training split."""
+    return split == "test" or in_split(row["text"], split, 0.2)
 
 
 def stand_in(folder: Path, split: str) -> Iterable[Row]:
@@ -43,6 +58,9 @@ TASK = Task(
     rewards={"sentiment": {"metric": "vader_sentiment"}},
     metrics={"sentiment": {"metric": "vader_sentiment"}, "rougeL": {"metric": "rougeL"}},
     generation={"max_new_tokens": 48, "temperature": 0.8, "top_k": 50},
-    original=Hub("stanfordnlp/imdb", {"train": "train", "validation": "test"}, review),
+    original=Hub(
+        "stanfordnlp/imdb", {"train": "train", "validation": "train", "test": "test"}, review, belongs=belongs
+    ),
+    taught=lambda row: row.get("label", 1) == 1,
     files=stand_in,
 )

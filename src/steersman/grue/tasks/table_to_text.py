@@ -1,9 +1,12 @@
 """Table to text: a sentence that says what the marked cells, or triples, say.
 
 Original: ToTTo, arXiv 2004.14373, the highlighted cells with all headers to their left and above, as in its authors'
-baselines. Departures: places count `row_span` too, and the headers of other rows are not a column's.
+baselines, and their program's PARENT, over two tables: recall is of the highlighted cells and the titles (`table`),
+precision of the whole table with titles and the section's text (`precision_table`). Departures: in the prompt places
+count `row_span` too, and the headers of other rows are not a column's.
 
-Stand-in: DART's dev file, arXiv 2007.02871; a tenth of it by a hash is the validation split.
+Stand-in: DART's dev file, arXiv 2007.02871; a tenth of it by a hash is the validation split. It has one table, of
+triples, so its PARENT is the one of PARENT's own authors.
 """
 
 from __future__ import annotations
@@ -23,7 +26,19 @@ def page(row: Row) -> Iterable[Row]:
     told = row["sentence_annotations"]
     sentences = told["final_sentence"] if isinstance(told, dict) else [t["final_sentence"] for t in told]
     kept = [entry for entry in table if entry[1].strip()]
-    yield {"table": kept, "facts": "; ".join(f"{name}: {value}" for name, value in kept), "references": sentences}
+    whole = [["header" if cell["is_header"] else "cell", cell["value"]] for cells in row["table"] for cell in cells]
+    whole += [*table[:2], ["text", row["table_section_text"]]]
+    yield {
+        "table": _bars(kept),
+        "precision_table": _bars(whole),
+        "facts": "; ".join(f"{name}: {value}" for name, value in kept),
+        "references": sentences,
+    }
+
+
+def _bars(table: list[list[str]]) -> list[list[str]]:
+    """The entries that have a value; its bars are hyphens, as the authors' program writes them."""
+    return [[name, value.replace("|", "-")] for name, value in table if value.strip()]
 
 
 class _Grid:
@@ -66,6 +81,8 @@ def stand_in(folder: Path, split: str) -> Iterable[Row]:
             yield {"table": triples, "facts": facts, "references": told}
 
 
+PARENT = {"metric": "parent", "args": {"program": "totto"}}
+
 TASK = Task(
     name="table-to-text",
     about="a sentence that says what a table says",
@@ -84,6 +101,13 @@ TASK = Task(
         "google-research-datasets/totto",
         {"train": "train", "validation": "validation"},
         page,
+        rewards={"parent": PARENT},
+        metrics={
+            "bleu": {"metric": "bleu"},
+            "parent": PARENT,
+            "rougeL": {"metric": "rougeL"},
+            "meteor": {"metric": "meteor"},
+        },
         how_to_get="the set on the hub is a loading script, which datasets 4 no longer runs; put its authors' files "
         "totto_train_data.jsonl and totto_dev_data.jsonl in sets/table-to-text/ as train.jsonl and validation.jsonl",
     ),

@@ -7,7 +7,7 @@ and the table of attentions are ours; only modules of models that were given it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import CellType, FunctionType
 from typing import Any
@@ -24,20 +24,22 @@ def own_forward(kind: type) -> Callable[..., Any] | None:
 
     What someone puts into the family's file afterwards is not seen by it.
     """
-    return _over_our_names(kind.forward)  # type: ignore[attr-defined]
+    return over_names(kind.forward, STAND_INS)  # type: ignore[attr-defined]
 
 
-def _over_our_names(function: Any) -> FunctionType | None:
+def over_names(function: Any, stand_ins: Mapping[str, Callable[[Any], Any]]) -> FunctionType | None:
+    """The function over a copy of its file's names in which some stand for ours: what `stand_ins` make of what the
+    file has, None leaving that. A decorator is taken along. None where the function looks up none of them."""
     if type(function) is not FunctionType:
         return None
     code, names = function.__code__, function.__globals__
-    ours = {name: stand_in(names[name]) for name, stand_in in STAND_INS.items()
+    ours = {name: stand_in(names[name]) for name, stand_in in stand_ins.items()
             if name in code.co_names and name in names}  # fmt: skip
     ours = {name: thing for name, thing in ours.items() if thing is not None}
     if ours:
         return _copy(function, {**names, **ours}, function.__closure__)
     inner = vars(function).get("__wrapped__")  # a decorator's, as where an argument has got another name
-    own = None if inner is None else _over_our_names(inner)
+    own = None if inner is None else over_names(inner, stand_ins)
     if own is None:
         return None
     closure = function.__closure__ or ()

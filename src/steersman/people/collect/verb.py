@@ -21,6 +21,7 @@ from steersman.people.collect.ending import closed_before_end
 from steersman.people.store import Store, open_store
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import pieces
+from steersman.people.store.imported import shown
 from steersman.people.store.imports import check_names, import_file
 from steersman.people.store.items import CHAT, NewItem, add_items, check_item, check_queue, make_queue, revise_items
 from steersman.people.store.raters import NOT_GONE_YET, add_person, forget, people
@@ -53,6 +54,13 @@ class QueueConfig(Section):
     instructions: str = Field(default="", description="shown above every item")
 
 
+class Sides(Section):
+    """What an annotator of Label Studio saw: the names of two fields of a task."""
+
+    left: str = Field(description="the field of the left answer: what the first name in the tag's toName shows")
+    right: str = Field(description="the field of the right answer")
+
+
 class CollectRecipe(Section):
     """A page on which people chat with a model or two and judge answers."""
 
@@ -66,6 +74,11 @@ class CollectRecipe(Section):
     queues: dict[str, QueueConfig] = Field(default_factory=dict, description="name: what is to be judged")
     imports: list[str] = Field(
         default_factory=list, description="exports of Open WebUI or Label Studio, or data files, to take over first"
+    )
+    sides: dict[str, Sides] = Field(
+        default_factory=dict,
+        description="by the name of an import, comparisons of Label Studio whose export does not tell the sides: the "
+        "fields with the left and the right answer, as in toName of the project's Pairwise tag",
     )
     host: str = Field(
         default="127.0.0.1",
@@ -151,14 +164,24 @@ def _answering(recipe: CollectRecipe) -> list[AnsweringModel]:
 def fill(store: Store, recipe: CollectRecipe) -> None:
     """Takes over the imports and the queues' files; what is there already is not stored again."""
     check_names(recipe.imports)
+    unknown = sorted(recipe.sides.keys() - {Path(path).name for path in recipe.imports})
+    if unknown:
+        raise SteersmanError(
+            f"sides.{unknown[0]}: none of the imports is called so; write the file's name, without its folder"
+        )
     if CHAT in recipe.queues:
         raise SteersmanError(f"queues.{CHAT}: this name is taken by comparisons in chats; choose another")
     for path in recipe.imports:
-        done = import_file(store, path)
+        sides = recipe.sides.get(Path(path).name)
+        done = import_file(store, path, None if sides is None else (sides.left, sides.right))
         changed = f" ({dict(done.changed)} in the place of other verdicts)" if done.changed else ""
         stored, left_out = dict(done.stored) or "nothing new", dict(done.left_out) or "nothing"
         rounded = f", {dict(done.rounded)} taken as one whole vote" if done.rounded else ""
         print(f"{path}: {stored} stored{changed}, {left_out} left out{rounded}")
+        for (left, right), count in done.sides.items():
+            print(f"{path}: comparisons with {shown(left)} on the left and {shown(right)} on the right: {count}")
+        for problem in done.odd:
+            print(f"{path}, {problem}")
     for name, config in recipe.queues.items():
         _fill_queue(store, name, config)
 

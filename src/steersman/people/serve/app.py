@@ -210,9 +210,10 @@ class Server:
         except BodyTooLargeError as error:
             return self._refuse(413, str(error))
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            return self._refuse(400, f"{place or 'the request'}: {first['msg']}", param=place or None)
+            # Where a field may have several forms, the form that was meant is the one that was read furthest.
+            deepest = max(error.errors(), key=lambda found: len(found["loc"]))
+            place = ".".join(map(str, deepest["loc"]))
+            return self._refuse(400, f"{place or 'the request'}: {deepest['msg']}", param=place or None)
         except (UntrustedError, ValueError) as error:
             return self._refuse(400, f"the body is no JSON that can be read: {error}")
         except QueueFullError as error:

@@ -25,5 +25,6 @@ class SettledText:
             piece = ""
         text = self.text + piece.rstrip("\ufffd")
         stop = self.texts.stop
-        hold = max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        begun = ((s, n) for s in stop for n in range(1, min(len(s), len(text) + 1)))
+        hold = max((n for s, n in begun if text.endswith(s[:n])), default=0)
         return text[: min([len(text) - hold, *(text.index(s) for s in stop if s in text)])]

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from steersman.data import Layout
 from steersman.people.serve.growing_text import SettledText
 from steersman.people.serve.growth import Growth
-from steersman.people.serve.logprobs import chat_logprobs, text_logprobs
+from steersman.people.serve.logprobs import Offsets, TokenBytes, chat_logprobs, text_logprobs
 from steersman.people.serve.wire import Ask, fault
 from steersman.rollout.live import Live, Ticket
 from steersman.types import Prompt
@@ -43,6 +43,8 @@ class Reply:
         self.id, self.created = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
         self.sent_texts, self.sent_logprobs = [""] * ask.n, [0] * ask.n
         self.finished: set[int] = set()
+        self.token_bytes = TokenBytes(model.live.engine.tokenizer)
+        self.offsets = [Offsets() for _ in range(ask.n)]
         self.settled_texts = [SettledText(s.drawing.texts, prompt.ids) for s in ticket.sequences]
 
     async def complete(self, request: Request, limit: float) -> Response:
@@ -62,7 +64,7 @@ class Reply:
         choices = []
         for j, sample in sorted(self.ticket.samples.items()):
             said = {"message": {"role": "assistant", "content": sample.text}} if self.chat else {"text": sample.text}
-            probabilities = self._logprobs(j, sample.text, len(self.ticket.sequences[j].ids))
+            probabilities = self._logprobs(j, len(self.ticket.sequences[j].ids))
             choices.append({"index": j, **said, "logprobs": probabilities, "finish_reason": finish(sample.finish)})
         return JSONResponse({**self._head(""), "choices": choices, "usage": self.usage()})
 
@@ -102,13 +104,12 @@ class Reply:
             fresh = text[len(self.sent_texts[j]) :]
             if fresh or ended:
                 said = {"delta": {"content": fresh} if fresh else {}} if self.chat else {"text": fresh}
-                out.append(self._event(j, said, ended, self._logprobs(j, self.sent_texts[j], count)))
+                out.append(self._event(j, said, ended, self._logprobs(j, count)))
                 self.sent_texts[j] = text if len(text) > len(self.sent_texts[j]) else self.sent_texts[j]
         return out
 
-    def _logprobs(self, j: int, text: str, count: int) -> dict[str, Any] | None:
-        """Of the first `count` tokens, which make `text`, those that were not listed before; None where nobody asked
-        for them."""
+    def _logprobs(self, j: int, count: int) -> dict[str, Any] | None:
+        """Of the first `count` tokens those that were not listed before; None where nobody asked for them."""
         if self.ask.likeliest is None:
             return None
         sequence, first, last = self.ticket.sequences[j], self.sent_logprobs[j], count
@@ -117,11 +118,8 @@ class Reply:
         self.sent_logprobs[j] = max(last, first)
         ids, told = sequence.ids[first:last], sequence.likeliest[first:last]
         if self.chat:
-            return chat_logprobs(ids, told, self._piece)
-        return text_logprobs(ids, told, self._piece, len(text) if self.ask.stream else 0)
-
-    def _piece(self, token: int) -> str:
-        return self.model.live.engine.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+            return chat_logprobs(ids, told, self.token_bytes)
+        return text_logprobs(ids, told, self.token_bytes, self.offsets[j])
 
     async def _wait(self, seconds: float) -> None:
         try:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from steersman.people.store.database import new_id, now
 from steersman.people.store.items import CHAT, asking_queues
-from steersman.people.store.schema import Answer, Assignment, Item, Queue
+from steersman.people.store.schema import Answer, Assignment, Item, JudgementRow, Queue
 
 HELD_SECONDS = 3600.0
 """How long an open item is kept for the rater who saw it; then another one may have it, too."""
@@ -45,6 +45,7 @@ def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | Non
     Of every `gold_every` items of a rater one is gold, at a place that is drawn on the way, so that nobody foresees
     it.
     """
+    queue = held_queue(session, queue_id)  # before looking at what is open: another tab of the rater may be taking
     left_open = session.scalar(
         select(Assignment)
         .join(Item, Item.id == Assignment.item_id)
@@ -54,13 +55,26 @@ def next_item(session: Session, queue_id: int, rater_id: int) -> ShownItem | Non
     )
     if left_open is not None:
         return shown_item(session, left_open)
-    # Whoever takes from a queue holds it: on SQLite by writing alone, on PostgreSQL by this lock.
-    queue = session.get_one(Queue, queue_id, with_for_update=True)
     item = session.scalar(_wanted(queue, rater_id))
     places = _places_for_gold(session, queue, rater_id)
     if places == 1 or (item is not None and places and not secrets.randbelow(places)):
         item = session.scalar(_unseen(queue_id, rater_id).where(Item.gold.is_not(None)).limit(1)) or item
     return None if item is None else assign(session, item, rater_id)
+
+
+def held_queue(session: Session, queue_id: int) -> Queue:
+    """The queue, held until the transaction ends by whoever takes from it or gives back: on SQLite, where one writes
+    at a time, by the transaction itself, on PostgreSQL by a lock on its row."""
+    return session.get_one(Queue, queue_id, with_for_update=True)
+
+
+def has_place(session: Session, item: Item) -> bool:
+    """Whether fewer raters than the queue asks for judged an item or hold it open; gold items are for everybody.
+
+    The caller holds the queue (`held_queue`).
+    """
+    overlap = session.get_one(Queue, item.queue_id).overlap
+    return item.gold is not None or (session.scalar(select(_taken()).where(Item.id == item.id)) or 0) < overlap
 
 
 def assign(session: Session, item: Item, rater_id: int) -> ShownItem:
@@ -189,9 +203,17 @@ def _unseen(queue_id: int, rater_id: int) -> Select[Any]:
 
 
 def _taken() -> Any:
-    """How many raters judged an item, or have it open and were shown it not too long ago."""
+    """How many raters judged an item, or have it open and were shown it, or took a verdict on it back, not too long
+    ago."""
+    since = now() - HELD_SECONDS
+    taken_back = select(JudgementRow.id).where(
+        JudgementRow.item_id == Assignment.item_id,
+        JudgementRow.rater_id == Assignment.rater_id,
+        JudgementRow.undoes.is_not(None),
+        JudgementRow.created > since,
+    )
     counts = or_(
         Assignment.state == "judged",
-        and_(Assignment.state == "open", Assignment.created > now() - HELD_SECONDS),
+        and_(Assignment.state == "open", or_(Assignment.created > since, taken_back.exists())),
     )
     return select(func.count()).select_from(Assignment).where(Assignment.item_id == Item.id, counts).scalar_subquery()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from steersman.guards.terminal import printable
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import IMPORTING, Store, new_id, pieces, take_turns
 from steersman.people.store.items import LONGEST_NAME, NewItem, add_items, check_item, make_queue
@@ -22,12 +24,21 @@ from steersman.people.store.judgements import UNDO, live
 from steersman.people.store.names import fitting
 from steersman.people.store.raters import imported_rater
 from steersman.people.store.schema import Item, JudgementRow
-from steersman.people.store.verdicts import checked
+from steersman.people.store.verdicts import checked, storable
 from steersman.types import SteersmanError
 
 SPACE = uuid.UUID("5e4b1c5e-7a0f-4d1b-9a55-1b7e0d4f3c21")
 STARS = 5
 """Steps of a scale whose export does not say how long it is."""
+MOST_STEPS = 100
+"""Of a scale: a larger rating is none, and would make so many steps."""
+EMPTY = "an answer is empty"
+SAME = "two answers are the same text"
+ODD = "what can not be read"
+FIRST_ODD = 3
+"""Of what can not be read, how many are told with place and reason."""
+LONGEST_REASON = 400
+"""Characters of a file's text in a message."""
 LATEST = 1e11
 """A time in seconds (the year 5138) that nothing was said after: a larger one counts something smaller."""
 
@@ -35,12 +46,18 @@ LATEST = 1e11
 @dataclass(slots=True)
 class ImportCounts:
     """What an import did: rows stored by task, those of them that took the place of another verdict, rows left out by
-    reason, and rows that say more than one verdict can (it is the one of their majority)."""
+    reason, and rows that say more than one verdict can (it is the one of their majority).
+
+    `odd` has the place and the reason of the first that can not be read, and `sides` how many comparisons of Label
+    Studio were read with these two fields on the left and on the right.
+    """
 
     stored: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     rounded: Counter[str] = field(default_factory=Counter)
+    odd: list[str] = field(default_factory=list)
+    sides: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +93,27 @@ class Told:
         return str(self.turn_id) if self.item is None else self.item.id
 
 
+@contextmanager
+def odd_left_out(done: ImportCounts, where: str) -> Iterator[None]:
+    """What can not be read is counted and left out, with place and reason: one odd record refuses no export."""
+    try:
+        yield
+    except SteersmanError as error:
+        problem = str(error)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+        problem = f"not as this program writes it ({type(error).__name__}: {error})"
+    else:
+        return
+    done.left_out[ODD] += 1
+    if len(done.odd) < FIRST_ODD:
+        done.odd.append(f"{where}: {shown(problem)}")
+
+
+def shown(text: str) -> str:
+    """Text of a file as it may stand in a line of a message: one line, of some length, that no terminal obeys."""
+    return printable(" ".join(text[:LONGEST_REASON].split()))
+
+
 def told_time(got: float) -> float:
     """A time of another program in seconds since 1970; where it can only be milli-, micro- or nanoseconds, these are
     turned into seconds. Raises ValueError for what is no such time."""
@@ -95,7 +133,7 @@ def told_of_item(
 ) -> Told:
     """A verdict on an item of the queue of an import. Raises SteersmanError for an item or a verdict that is none."""
     queue = ToldQueue(f"{fitting(name, LONGEST_NAME - len(task) - 3)} ({task})", task, settings)
-    texts = [a.content for a in answers]
+    texts = [storable(a.content) for a in answers]
     item = NewItem(prompt, answers, source=name, id=source_id(queue.name, repr(prompt), *texts))
     check_item(queue.name, task, item, settings)
     said = checked(task, verdict, texts, settings)

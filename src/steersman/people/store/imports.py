@@ -12,12 +12,20 @@ from steersman.data import DataConfig, RowError
 from steersman.data.examples import Content, Demonstration, Example, Feedback, Preference, Ranking, Rating
 from steersman.data.load import load, recognise_kind
 from steersman.data.read import local_files
-from steersman.guards.untrusted import UntrustedError, parse_json
+from steersman.guards.untrusted import UntrustedError, first_fault, parse_suspect
 from steersman.people.store.conversations import TurnText
 from steersman.people.store.database import Store, now
-from steersman.people.store.imported import STARS, ImportCounts, Told, store_told, told_of_item
-from steersman.people.store.label_studio import read_task
-from steersman.people.store.open_webui import is_open_webui, read_record, store_chats
+from steersman.people.store.imported import (
+    MOST_STEPS,
+    STARS,
+    ImportCounts,
+    Told,
+    odd_left_out,
+    store_told,
+    told_of_item,
+)
+from steersman.people.store.label_studio import Sides, is_json_min, is_label_studio, read_task
+from steersman.people.store.open_webui import NO_CONVERSATION, ToldChat, is_open_webui, read_record, store_chats
 from steersman.people.store.raters import imported_name
 from steersman.types import SteersmanError
 
@@ -25,32 +33,70 @@ CHOICES: dict[float, int | str] = {1.0: 0, 0.5: "tie", 0.0: 1}
 """A vote for the chosen one of two answers as a choice."""
 
 
-def import_file(store: Store, path: str | Path) -> ImportCounts:
+def import_file(store: Store, path: str | Path, sides: Sides | None = None) -> ImportCounts:
     """Takes over the judgements of a file, which is read to its end before the first one is stored.
 
-    Raises SteersmanError, with file and record, for a file that is none of the kinds that are known.
+    `sides` are the fields that a comparison of Label Studio showed on the left and on the right. A record that can
+    not be read is counted and left out. Raises SteersmanError, with file and record, where nothing can be read, for a
+    wrong row of a data file, and for a file that is none of the kinds that are known.
     """
     path = Path(path)
     done = ImportCounts()
-    records, as_of = _json_records(path), _written(path)
-    told: list[Told] = []
-    if records and is_open_webui(records[0]):
-        chats = []
+    records, suspect = _json_records(path)
+    as_of = _written(path)
+    objects = [r for r in records if isinstance(r, dict)]
+    is_webui, is_tasks = any(map(is_open_webui, objects)), any(map(is_label_studio, objects))
+    if sides is not None and not is_tasks:
+        raise SteersmanError(f"{path}: `sides` is for Label Studio's JSON exports, and this is none; leave it out")
+    told = list[Told]()
+    if is_webui:
+        told = _webui(store, path, records, done, suspect=suspect, as_of=as_of)
+    elif is_tasks:
         for number, record in enumerate(records, 1):
-            with _guarded(f"{path}, record {number}"):
-                chat = read_record(record, as_of, done)
-            if chat is not None:
-                chats.append(chat)
-                told += chat.told
-        store_chats(store, chats)
-    elif records and isinstance(records[0].get("annotations"), list) and isinstance(records[0].get("data"), dict):
-        for number, record in enumerate(records, 1):
-            with _guarded(f"{path}, task {number}"):
-                told += read_task(record, done, stem=path.stem, as_of=as_of)
+            where = f"task {number}"
+            with odd_left_out(done, where):
+                _require_sound(record, suspect)
+                told += read_task(record, done, name=path.stem, where=where, as_of=as_of, sides=sides)
+        _require_any(path, bool(told), done)
+    elif any(map(is_json_min, objects)):
+        raise SteersmanError(
+            f'{path}: this is Label Studio\'s export "JSON-MIN", which does not say what a choice was made between; '
+            'export the project as "JSON"'
+        )
     else:
         told = _data_file(path, as_of, done)
     store_told(store, told, done)
     return done
+
+
+def _webui(
+    store: Store, path: Path, records: list[Any], done: ImportCounts, *, suspect: bool, as_of: float
+) -> list[Told]:
+    """What was said in chats of Open WebUI, which are stored."""
+    chats = list[ToldChat]()
+    for number, record in enumerate(records, 1):
+        with odd_left_out(done, f"record {number}"):
+            _require_sound(record, suspect)
+            chat = read_record(record, as_of, done)
+            if chat is not None:
+                chats.append(chat)
+    _require_any(path, bool(chats), done)
+    store_chats(store, chats)
+    return [one for chat in chats for one in chat.told]
+
+
+def _require_sound(record: Any, suspect: bool) -> None:
+    fault = first_fault(record) if suspect else None
+    if fault is not None:
+        raise SteersmanError(f"field {fault.field}: {fault.problem}")
+
+
+def _require_any(path: Path, is_any: bool, done: ImportCounts) -> None:
+    """Raises SteersmanError for an export of which nothing could be read."""
+    if not is_any and done.odd:
+        raise SteersmanError(f"{path}, {done.odd[0]}")
+    if not is_any and done.left_out[NO_CONVERSATION]:
+        raise SteersmanError(f"{path}: none of its records has a conversation, so there is nothing that was judged")
 
 
 def check_names(paths: list[str]) -> None:
@@ -68,17 +114,18 @@ def _written(path: Path) -> float:
     return max((file.stat().st_mtime for file in local_files(path) or []), default=now())
 
 
-def _json_records(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON list; none where the file is something else, which the data room then reads."""
+def _json_records(path: Path) -> tuple[list[Any], bool]:
+    """The records of a JSON list, and whether `first_fault` may find something in them; none where the file is
+    something else, which the data room then reads."""
     if path.suffix.lower() != ".json":
-        return []
+        return [], False
     try:
-        got = parse_json(path.read_text(encoding="utf-8-sig"), str(path))
+        got = parse_suspect(path.read_text(encoding="utf-8-sig"), str(path))
     except OSError as error:
         raise SteersmanError(f"{path}: it can not be read ({error.strerror})") from None
     except (UntrustedError, ValueError) as error:
         raise SteersmanError(f"{path}: no JSON that can be read ({error})") from None
-    return got if isinstance(got, list) and got and all(isinstance(r, dict) for r in got) else []
+    return (got.value, got.suspect) if isinstance(got.value, list) else ([], False)
 
 
 @contextmanager
@@ -131,10 +178,10 @@ def _example(one: Example, done: ImportCounts) -> tuple[str, list[str], list[Any
             ranks = [order.index(r) for r in one.ranks]
             return "rank", [_text(c) for c in one.completions], [{"ranks": ranks}], {}
         case Rating():
-            if any(s != int(s) or s < 1 for s in one.scores.values()):
+            if any(s not in range(1, MOST_STEPS + 1) for s in one.scores.values()):
                 raise ValueError(
-                    f"ratings must be whole numbers from 1 on, not {dict(one.scores)}; means of several raters are "
-                    "none: `export-feedback --judgements.combine each` writes each rater's own"
+                    f"ratings must be whole numbers from 1 to {MOST_STEPS}, not {dict(one.scores)}; means of several "
+                    "raters are none: `export-feedback --judgements.combine each` writes each rater's own"
                 )
             scores = {name: int(s) for name, s in one.scores.items()}
             steps = {name: [str(i + 1) for i in range(max(STARS, s))] for name, s in scores.items()}

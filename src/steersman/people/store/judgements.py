@@ -8,9 +8,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session, aliased
 
-from steersman.people.store.assignments import ShownItem
+from steersman.people.store.assignments import ShownItem, has_place, held_queue
 from steersman.people.store.database import found_or_made, now
-from steersman.people.store.schema import HERE, Assignment, JudgementRow, Rater, Turn
+from steersman.people.store.schema import HERE, Assignment, Item, JudgementRow, Rater, Turn
 from steersman.people.store.verdicts import checked
 from steersman.types import SteersmanError
 
@@ -57,7 +57,10 @@ def judge_turn(
 
 
 def undo(session: Session, rater_id: int, *, key: str) -> JudgementRow | None:
-    """Takes back the rater's newest judgement and opens its item again; None where there is none to take back."""
+    """Takes back the rater's newest judgement and opens its item again; None where there is none to take back.
+
+    A skip of an item that as many others as its queue asks for have taken since is none either.
+    """
     found = by_key(session, key, rater_id)
     if found is not None:
         return found
@@ -68,7 +71,7 @@ def undo(session: Session, rater_id: int, *, key: str) -> JudgementRow | None:
         .order_by(JudgementRow.id.desc())
         .limit(1)
     )
-    if last is None:
+    if last is None or ("skip" in last.verdict and not _is_wanted(session, str(last.item_id))):
         return None
     row = _insert(
         session, _row(UNDO, rater_id, {}, key=key, item_id=last.item_id, turn_id=last.turn_id, undoes=last.id)
@@ -80,6 +83,13 @@ def undo(session: Session, rater_id: int, *, key: str) -> JudgementRow | None:
         if again is not None:
             again.state = "open"
     return row
+
+
+def _is_wanted(session: Session, item_id: str) -> bool:
+    """Whether an item wants one more rater; nobody else is given it before the transaction ends."""
+    item = session.get_one(Item, item_id)
+    held_queue(session, item.queue_id)
+    return has_place(session, item)
 
 
 def live() -> ColumnElement[bool]:

@@ -10,18 +10,24 @@ from sqlalchemy.orm import Session
 
 from steersman.people.store.conversations import TurnText, model_id
 from steersman.people.store.database import IMPORTING, Store, now, pieces, take_turns
-from steersman.people.store.imported import ImportCounts, Told, source_id, told_of_item, told_time
+from steersman.people.store.imported import EMPTY, SAME, ImportCounts, Told, source_id, told_of_item, told_time
+from steersman.people.store.open_webui_text import read_message
 from steersman.people.store.raters import imported_name, imported_rater
 from steersman.people.store.schema import Conversation, Turn
 from steersman.people.store.verdicts import checked, storable
 
 CHATS = 50
 """Chats that are stored in one transaction."""
+NO_CONVERSATION = "no conversation in the record"
+ROLES = ("user", "assistant", "system")
+THUMBS = {1: True, -1: False, "1": True, "-1": False}
+"""Open WebUI takes a rating as a number or as a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToldTurn:
-    """A message under its id in the store."""
+    """A message under its id in the store; `more` says why a judgement of it is none of its text alone, which may be
+    for a message before it, or is empty."""
 
     id: str
     parent_id: str | None
@@ -29,6 +35,7 @@ class ToldTurn:
     content: str
     model: tuple[str, str] | None
     created: float
+    more: str
 
 
 @dataclass(slots=True)
@@ -48,7 +55,10 @@ class ToldChat:
 
 
 def is_open_webui(record: dict[str, Any]) -> bool:
-    return _history(record) is not None
+    """Whether a record is a chat or a feedback, with a conversation or without one."""
+    chat = record.get("chat")
+    is_chat = isinstance(chat, dict) and ("history" in chat or "user_id" in record)
+    return is_chat or {"snapshot", "meta", "data"} <= record.keys()
 
 
 def _history(record: dict[str, Any]) -> dict[str, Any] | None:
@@ -67,12 +77,12 @@ def read_record(record: dict[str, Any], as_of: float, done: ImportCounts) -> Tol
     """
     messages = _history(record)
     if messages is None:
-        done.left_out["no conversation in the record"] += 1
+        done.left_out[NO_CONVERSATION] += 1
         return None
     is_feedback = "snapshot" in record
     chat_id = str((record.get("meta") or {}).get("chat_id") or record["id"]) if is_feedback else str(record["id"])
     as_of = _time(record.get("updated_at"), as_of)
-    chat = _chat(source_id("webui", chat_id), str(record.get("user_id") or "unknown"), messages)
+    chat = _chat(source_id("webui", chat_id), str(record.get("user_id") or "unknown"), messages, done)
     if is_feedback:
         _read_thumb(chat, str(record["meta"]["message_id"]), record["data"], done, when=as_of, as_of=as_of)
         return chat
@@ -83,8 +93,9 @@ def read_record(record: dict[str, Any], as_of: float, done: ImportCounts) -> Tol
     return chat
 
 
-def _chat(chat_id: str, user: str, messages: dict[str, Any]) -> ToldChat:
-    """The chat, level by level; what hangs on a message that is not there, or on itself, is left out."""
+def _chat(chat_id: str, user: str, messages: dict[str, Any], done: ImportCounts) -> ToldChat:
+    """The chat, level by level; what hangs on a message that is not there, is of no role that the store has, or hangs
+    on itself, is left out."""
     answering: dict[str | None, list[str]] = {}
     for message_id, message in messages.items():
         answering.setdefault(message.get("parentId"), []).append(message_id)
@@ -93,18 +104,21 @@ def _chat(chat_id: str, user: str, messages: dict[str, Any]) -> ToldChat:
     level = answering.get(None, [])
     while level:
         for message_id in level:
-            turns[message_id] = _turn(chat_id, message_id, messages[message_id], turns)
-        level = sorted((i for above in level for i in answering.get(above, ())), key=place.__getitem__)
+            if messages[message_id].get("role") in ROLES:
+                turns[message_id] = _turn(chat_id, message_id, messages[message_id], turns)
+            else:
+                done.left_out[f"a message of another role than {', '.join(ROLES)}"] += 1
+        kept = (above for above in level if above in turns)
+        level = sorted((i for above in kept for i in answering.get(above, ())), key=place.__getitem__)
     return ToldChat(chat_id, imported_name("open-webui", user), messages, answering, turns)
 
 
 def _turn(chat_id: str, message_id: str, m: dict[str, Any], turns: dict[str, ToldTurn]) -> ToldTurn:
-    parent, role = m.get("parentId"), str(m["role"])
-    if role not in ("user", "assistant", "system"):
-        raise ValueError(f"a message has the role {role[:20]!r}")
+    parent = None if m.get("parentId") is None else turns[m["parentId"]]
+    text, more = read_message(m)
     return ToldTurn(
-        source_id("webui", chat_id, message_id), None if parent is None else turns[parent].id, role,
-        storable(str(m.get("content") or "")), _model(m), _time(m.get("timestamp"), now()),
+        source_id("webui", chat_id, message_id), None if parent is None else parent.id, m["role"], storable(text),
+        _model(m), _time(m.get("timestamp"), now()), more if parent is None else parent.more or more,
     )  # fmt: skip
 
 
@@ -157,14 +171,16 @@ def _read_thumb(
     chat: ToldChat, message_id: str, said: dict[str, Any], done: ImportCounts, *, when: float, as_of: float
 ) -> None:
     """A thumb; where the same question was answered by another model beside it, a comparison, too."""
-    rating = said.get("rating")
-    turns, messages = chat.turns, chat.messages
-    if rating not in (1, -1) or message_id not in turns:
-        done.left_out["no thumb" if rating not in (1, -1) else "the message is not in the conversation"] += 1
+    up, turns, messages = THUMBS.get(said.get("rating", 0)), chat.turns, chat.messages
+    if up is None or message_id not in turns:
+        done.left_out["no thumb" if up is None else "the message is not in the conversation"] += 1
         return
     turn = turns[message_id]
+    if turn.more or not turn.content.strip():
+        done.left_out[turn.more or EMPTY] += 1
+        return
     reasons = [str(r) for r in (said.get("reason"), said.get("comment")) if r]
-    verdict = checked("thumb", {"up": rating == 1, "reasons": reasons}, [turn.content], {})
+    verdict = checked("thumb", {"up": up, "reasons": reasons}, [turn.content], {})
     about: dict[str, Any] = {"who": chat.who, "source": "open-webui", "when": when, "as_of": as_of}
     chat.told.append(Told(task="thumb", verdict=verdict, turn_id=turn.id, **about))
     if not said.get("sibling_model_ids"):
@@ -174,11 +190,23 @@ def _read_thumb(
         if i != message_id and messages[i].get("role") == "assistant"
         and _model(messages[i]) != _model(messages[message_id])
     ]  # fmt: skip
-    if len(beside) == 1 and turn.content.strip() != turns[beside[0]].content.strip():
-        answers = [TurnText(turns[i].content, _model(messages[i])) for i in (message_id, beside[0])]
-        choice = {"choice": 0 if rating == 1 else 1}
-        before = _before(chat, message_id)
-        chat.told.append(told_of_item("open-webui", "compare", before, answers, choice, settings={}, **about))
+    odd = _no_comparison(turn, [turns[i] for i in beside])
+    if odd:
+        done.left_out[odd] += 1
+        return
+    answers = [TurnText(turns[i].content, _model(messages[i])) for i in (message_id, beside[0])]
+    before = _before(chat, message_id)
+    choice = {"choice": 0 if up else 1}
+    chat.told.append(told_of_item("open-webui", "compare", before, answers, choice, settings={}, **about))
+
+
+def _no_comparison(turn: ToldTurn, beside: list[ToldTurn]) -> str:
+    """Why an answer and those of other models beside it are no comparison of two texts; empty where they are one."""
+    if len(beside) != 1:
+        return f"a comparison with {'several other answers' if beside else 'no other answer in the conversation'}"
+    if beside[0].more or not beside[0].content.strip():
+        return beside[0].more or EMPTY
+    return SAME if turn.content.strip() == beside[0].content.strip() else ""
 
 
 def _before(chat: ToldChat, message_id: str) -> list[dict[str, str]]:

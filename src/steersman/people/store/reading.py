@@ -1,17 +1,22 @@
 """Judgements -> rows in the shapes that the data room knows (docs/data-formats.md).
 
 Of several raters one row is made per item (`combine: raters`): a pair's `votes`, and the share of their weight as its
-`agreement`; thumbs by the majority of weight, even splits left out; the mean rank; the mean rating. A row's `weight`
-is the mean weight of the raters behind it. With `combine: each` every judgement is a row of its own.
+`agreement`; thumbs by the majority of weight, for each answer of a comparison too, even splits left out; the mean
+rank; the mean rating. A row's `weight` is the mean weight of the raters behind it. With `combine: each` every
+judgement is a row of its own.
 
 What each verdict is worth:
 
-    compare   a pair; a tie and "both bad" are half a vote, and "both bad" is a thumb down for both answers
-    rank      a ranking; for pairs, all its pairs of unequal rank
+    compare   a pair; a tie and "both bad" are half a vote. A thumb for each answer: up where it is the better one,
+              down where it is the worse one or both are bad; a tie is half a thumb up
+    rank      a ranking; for pairs, all its pairs of unequal rank, and for thumbs these pairs, split in two
     rate      a rating
     thumb     a thumb; where the majority is up, and one of it without a correction: a demonstration
     review    as a thumb: accepted is up
     correction (of a thumb or review)   a demonstration, and a pair: better than the answer that it corrects
+
+Every row rests on the judgements of its own subject alone, whatever else the store holds; only where a rater gave an
+answer a thumb and compared it as well, as one click in Open WebUI does, the thumb alone counts as one.
 
 Where an answer is known to be cut by the limit on its length, its end is none to be learned: it makes no
 demonstration, no thumb up and no pair with another answer, and is left out of rankings.
@@ -19,7 +24,7 @@ demonstration, no thumb up and no pair with another answer, and is left out of r
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import combinations
 from typing import Any
@@ -49,6 +54,11 @@ TASKS: dict[Kind, tuple[str, ...]] = {
 }
 CHOICE = {0: 1.0, 1: 0.0, "tie": 0.5, "both_bad": 0.5}
 """A comparison as a vote for answer 0."""
+CUT_END = "with an answer that the length limit cut, whose end they would teach"
+EVEN = "with an answer whose raters are evenly split"
+THUMBS = "thumbs and reviews"
+SPLIT = ("comparisons", 'comparisons with "both bad"', "rankings")
+"""Where thumbs come from that nobody gave as such."""
 
 
 class StoredRows:
@@ -64,36 +74,33 @@ class StoredRows:
         return sorted([k for k in counts if counts[k]], key=lambda k: -counts[k])
 
     def rows(self, want: Kind, config: CountingConfig) -> Iterator[Row]:
-        """Rows that give examples of the kind. Thumbs come from pairs, split in two, where the store has no thumb.
+        """Rows that give examples of the kind; says how many thumbs come from what, and what was left out.
 
         Raises SteersmanError where the store has nothing for it.
         """
         if want == "query":
             made: Made = enumerate(self._prompts(), 1)
+        elif want in MADE:
+            made = MADE[want](self._opinions(config), config.combine == "each")
         else:
-            found = self._opinions(config)
-            if want not in MADE:
-                raise SteersmanError(f"{self.url}: no judgement here labels {want}")
-            made = MADE[want](found, config.combine == "each")
-            if want == "feedback" and not any(o.task in TASKS["feedback"] for o in found):
-                pairs = _pairs(found, config.combine == "each")
-                made = ((number, data) for number, data in pairs if data.get("agreement") != 0.5)
-        empty, cut = True, 0
+            raise SteersmanError(f"{self.url}: no judgement here labels {want}")
+        given, left_out = Counter[str](), Counter[str]()
         for number, data in made:
-            if data.pop("cut", False):
-                cut += 1
+            source, why = data.pop("source", ""), data.pop("left_out", "")
+            if why:
+                left_out[why] += 1
                 continue
-            empty = False
+            given[source] += 1
             yield Row(data, self.url, number, "judgement" if want != "query" else "prompt")
-        told = (
-            f"left out of the {want} rows: {cut} with an answer that the length limit cut, whose end they would teach"
-        )
-        if empty:
+        told = f"left out of the {want} rows: {', '.join(f'{n} {why}' for why, n in left_out.items())}"
+        if not given:
             raise SteersmanError(
                 f"{self.url}: it holds nothing that gives {want} rows under data.judgements; "
-                f"what it has: {', '.join(self.kinds(config)) or 'no judgement'}{f'; {told}' if cut else ''}"
+                f"what it has: {', '.join(self.kinds(config)) or 'no judgement'}{f'; {told}' if left_out else ''}"
             )
-        if cut:
+        if set(given) & set(SPLIT):
+            say(f"{self.url}: the {want} rows: {', '.join(f'{n} from {source}' for source, n in given.items())}")
+        if left_out:
             say(f"{self.url}: {told}")
 
     def _opinions(self, config: CountingConfig) -> list[Opinion]:
@@ -138,31 +145,57 @@ def _pairs(found: list[Opinion], each: bool) -> Made:
         if better:
             share, votes = 1 - share, [1 - v for v in votes]
         yield group[0].number, _pair(group, better, 1 - better) | {"agreement": share, "votes": votes}
-    for group in _groups(found, "rank", each):
-        ranks = _ranks(group)
-        for i, j in combinations(sorted(range(len(ranks)), key=ranks.__getitem__), 2):
-            if ranks[i] < ranks[j] and not _same(group[0].answers[i], group[0].answers[j]):
-                yield group[0].number, _pair(group, i, j)
+    yield from _ranked_pairs(found, each)
     for one in found:
         right = one.verdict.get("correction")
         if right and not _same(right, one.answers[0]):
             yield one.number, _about([one]) | {"chosen": right, "rejected": one.answers[0]}
 
 
+def _ranked_pairs(found: list[Opinion], each: bool) -> Made:
+    for group in _groups(found, "rank", each):
+        ranks = _ranks(group)
+        for i, j in combinations(sorted(range(len(ranks)), key=ranks.__getitem__), 2):
+            if ranks[i] < ranks[j] and not _same(group[0].answers[i], group[0].answers[j]):
+                yield group[0].number, _pair(group, i, j)
+
+
 def _pair(group: list[Opinion], better: int, worse: int) -> Data:
     one = group[0]
     data = _about(group) | {"chosen": one.answers[better], "rejected": one.answers[worse]}
-    return data | {"models": [_models(group)[i] for i in (better, worse)], "cut": one.cut[better] or one.cut[worse]}
+    cut = one.cut[better] or one.cut[worse]
+    return data | {"models": [_models(group)[i] for i in (better, worse)], "left_out": CUT_END if cut else ""}
 
 
 def _thumbs(found: list[Opinion], each: bool) -> Made:
-    for group, up in _majorities(found, each):
-        yield group[0].number, _answer(group) | {"label": up, "cut": up and group[0].cut[0]}
+    for group, share in _shares_up(found, each):
+        yield group[0].number, _thumb(group, 0, share) | {"source": THUMBS}
+    given = {(o.rater, repr(o.prompt), o.answers[0]) for o in found if o.task in TASKS["feedback"]}
     for group in _groups(found, "compare", each):
-        if _mean(group, lambda o: float(o.verdict["choice"] == "both_bad")) > 0.5:
-            for answer, model in zip(group[0].answers, _models(group), strict=True):
-                if answer.strip():
-                    yield group[0].number, _about(group) | {"completion": answer, "label": False, "models": [model]}
+        one = group[0]
+        shares = [_mean(group, lambda o, i=i: _up(o, i)) for i in (0, 1)]
+        both_bad = max(shares) < 0.5
+        for i in sorted((0, 1), key=lambda i: -shares[i]):
+            told = [o for o in group if (o.rater, repr(o.prompt), o.answers[i]) not in given]
+            if told and one.answers[i].strip():
+                data = _thumb(told, i, _mean(told, lambda o, i=i: _up(o, i)))
+                why = CUT_END if any(one.cut) and not both_bad else data["left_out"]
+                yield one.number, data | {"source": SPLIT[both_bad], "left_out": why}
+    for number, data in _ranked_pairs(found, each):
+        kept = {name: data[name] for name in ("prompt", "weight", "item", "raters", "left_out")}
+        for completion, label, model in zip(
+            (data["chosen"], data["rejected"]), (True, False), data["models"], strict=True
+        ):
+            answer = {"completion": completion, "label": label, "models": [model]}
+            yield number, kept | answer | {"source": SPLIT[2]}
+
+
+def _up(one: Opinion, number: int) -> float:
+    """How far a comparison is a thumb up for the answer of this number; of two equal answers none is the better."""
+    choice = one.verdict["choice"]
+    if choice == "both_bad":
+        return 0.0
+    return 0.5 if choice == "tie" or _same(one.answers[0], one.answers[1]) else float(choice == number)
 
 
 def _rankings(found: list[Opinion], each: bool) -> Made:
@@ -170,7 +203,7 @@ def _rankings(found: list[Opinion], each: bool) -> Made:
         whole = [i for i, cut in enumerate(group[0].cut) if not cut]
         columns = {"responses": group[0].answers, "ranks": _ranks(group), "models": _models(group)}
         kept = {name: [column[i] for i in whole] for name, column in columns.items()}
-        yield group[0].number, _about(group) | kept | {"cut": len(whole) < 2}
+        yield group[0].number, _about(group) | kept | {"left_out": CUT_END if len(whole) < 2 else ""}
 
 
 def _ratings(found: list[Opinion], each: bool) -> Made:
@@ -188,26 +221,30 @@ def _demonstrations(found: list[Opinion], each: bool) -> Made:
     for one in found:
         if one.verdict.get("correction"):
             yield one.number, _about([one]) | {"completion": one.verdict["correction"], "models": [""]}
-    for group, up in _majorities(found, each):
-        if up and any(_is_up(o) and not o.verdict.get("correction") for o in group):
-            yield group[0].number, _answer(group) | {"cut": group[0].cut[0]}
+    for group, share in _shares_up(found, each):
+        if share > 0.5 and any(_is_up(o) and not o.verdict.get("correction") for o in group):
+            data = _about(group) | {"completion": group[0].answers[0], "models": _models(group)}
+            yield group[0].number, data | {"left_out": CUT_END if group[0].cut[0] else ""}
 
 
-def _majorities(found: list[Opinion], each: bool) -> Iterator[tuple[list[Opinion], bool]]:
-    """The thumbs and reviews of each answer, with whether most of their weight is up; none of even splits."""
+def _shares_up(found: list[Opinion], each: bool) -> Iterator[tuple[list[Opinion], float]]:
+    """The thumbs and reviews of each answer, with the share of their weight that is up."""
     for task in ("thumb", "review"):
         for group in _groups(found, task, each):
-            share = _mean(group, lambda o: float(_is_up(o)))
-            if share != 0.5 and group[0].answers[0].strip():
-                yield group, share > 0.5
+            if group[0].answers[0].strip():
+                yield group, _mean(group, lambda o: float(_is_up(o)))
 
 
 def _is_up(one: Opinion) -> bool:
     return one.verdict["up" if one.task == "thumb" else "accept"]
 
 
-def _answer(group: list[Opinion]) -> Data:
-    return _about(group) | {"completion": group[0].answers[0], "models": _models(group)}
+def _thumb(group: list[Opinion], number: int, share: float) -> Data:
+    """The thumb that a share of weight is for the answer of this number; left out where it is neither up nor down,
+    and where it would praise a cut end."""
+    why = EVEN if share == 0.5 else CUT_END if share > 0.5 and group[0].cut[number] else ""
+    answer = {"completion": group[0].answers[number], "label": share > 0.5, "models": [_models(group)[number]]}
+    return _about(group) | answer | {"left_out": why}
 
 
 MADE: dict[Kind, Callable[[list[Opinion], bool], Made]] = {

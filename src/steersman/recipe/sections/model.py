@@ -33,7 +33,9 @@ class LoraSection(Section):
     )
     rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(r), for high ranks")
     train_whole: list[str] = Field(
-        default_factory=list, description="modules that are trained whole beside the adapters, such as norm"
+        default_factory=list,
+        description="modules that are trained whole beside the adapters, such as norm; "
+        "embeddings and an output layer that are one matrix stay one, whichever is named",
     )
 
 

@@ -55,7 +55,10 @@ VLLM_TEMPERATURE = 2.0
 def not_zero(temperature: Any) -> Any:
     """A temperature as it is given. Raises ValueError for 0, with what stands for it."""
     if temperature == 0:
-        raise ValueError("logits can not be divided by 0; for the likeliest token each time set top_k: 1 beside it")
+        raise ValueError(
+            "logits can not be divided by 0; for the likeliest token each time set top_k: 1 beside it "
+            "(where responses are only sampled, as by generate: greedy: true in its place)"
+        )
     return temperature
 
 

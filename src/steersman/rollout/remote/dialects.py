@@ -21,10 +21,14 @@ Answers = dict[int, list[Reply]]
 """Answers by the numbers of their requests."""
 TOGETHER = 64
 """Requests to one server at the same time."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The ranks that vLLM keeps room for."""
 TIES = 8
 """Tokens behind the top_k-th that are looked at for any as likely. In bfloat16 ties are common."""
 OVERRIDDEN = ("tie_word_embeddings", "vocab_size")
 """Settings that a server needs otherwise than the model's folder may have them: tables apart, and without padding."""
+NEVER = -100.0
+"""What vLLM adds to the logit of an id that only pads the vocabulary of a base: its probability becomes 0."""
 TRIED = "0.32.0"
 """The version of vLLM that this was tried with; older ones lack routes."""
 LOGPROBS_MODE = "processed_logprobs"
@@ -36,20 +40,23 @@ are those of temperature 1 over the whole vocabulary."""
 class Requirements:
     """What a server that steersman did not start must have to sample for a policy: settings of its `model`, and the
     policy's `tokenizer` (None: not compared). Any server must tell the log-probabilities of the `logprobs` likeliest
-    tokens."""
+    tokens, and take adapters of the `rank` (0: none are sent)."""
 
     model: Mapping[str, Any]
     tokenizer: Any = None
     logprobs: int = 0
+    rank: int = 0
 
 
 @dataclass(slots=True, frozen=True)
 class ServerLimits:
     """What a server can take: `window` tokens of a prompt and its answer together (None: it does not say), and `most`
-    samples of a prompt in one request."""
+    samples of a prompt in one request. It draws from `rows` ids, those that pad its vocabulary too (0: from the
+    policy's alone)."""
 
     window: int | None = None
     most: int = sys.maxsize
+    rows: int = 0
 
 
 @dataclass(slots=True, frozen=True)
@@ -58,7 +65,8 @@ class Call:
 
     `ends` are the ids that end a response, `skip` whether special tokens are left out where stop strings are looked
     for, `vocabulary` how many ids there are, `adapter` the name of the adapters that are to be added, if any, `most`
-    how many samples of a prompt the server takes in one request.
+    how many samples of a prompt the server takes in one request, `rows` how many ids it draws from where they are
+    more than `vocabulary`.
     """
 
     sampling: Sampling
@@ -69,6 +77,7 @@ class Call:
     support: bool
     adapter: str = ""
     most: int = sys.maxsize
+    rows: int = 0
 
 
 class Dialect(Protocol):
@@ -130,7 +139,7 @@ class Promptwise:
         self.model = model
 
     def complete(self, server: Server, asked: Requests, call: Call, done: Answers) -> None:
-        model = call.adapter or self.model
+        model, never = call.adapter or self.model, dict.fromkeys(range(call.vocabulary, call.rows), NEVER)
         once = {place: replace(ask, n=1) if call.sampling.greedy else ask for place, ask in asked.items()}
         parts = [(place, first) for place, ask in once.items() for first in range(0, ask.n, call.most)]
         gone: list[ServerGoneError] = []
@@ -139,6 +148,8 @@ class Promptwise:
             place, first = part
             ask = replace(once[place], n=min(call.most, once[place].n - first))
             params = {**_params(call, [ask]), "n": ask.n, "seed": seed_of(call.seed, ask.key) + first}
+            if never:
+                params["logit_bias"] = never
             body = {"model": model, "token_ids": ask.ids, "sampling_params": params}
             try:
                 found = server.post("/inference/v1/generate", body)
@@ -179,8 +190,9 @@ class Promptwise:
         started = server.settings()
         _require_model(server, wanted.model, started.model)
         _require_logprobs(server, wanted.logprobs, started)
+        _require_rank(server, wanted.rank, started.max_lora_rank)
         _compare_tokenizers(server, wanted, {"model": self.model})
-        return ServerLimits(server.window(), started.most)
+        return ServerLimits(server.window(), started.most, int(started.model.get("vocab_size", 0)))
 
 
 def _require_model(server: Server, model: Mapping[str, Any], held: Mapping[str, Any]) -> None:
@@ -216,6 +228,29 @@ def _require_logprobs(server: Server, wanted: int, started: StartedWith) -> None
                 f"{wanted}; start it with --max-logprobs {wanted} or more, or lower rollout.top_k"
             )
         )
+
+
+def _require_rank(server: Server, rank: int, most: int) -> None:
+    if rank > most:
+        taken = f"adapters up to rank {most}" if most else "no adapters"
+        raise SteersmanError(
+            server.message(
+                f"it takes {taken}, and the policy's have rank {rank}; start it with --enable-lora --max-lora-rank "
+                f"{served_rank(rank)} (where steersman starts it, leave these options out of rollout.arguments), or "
+                "lower model.lora.r"
+            )
+        )
+
+
+def served_rank(rank: int) -> int:
+    """The smallest rank that vLLM keeps room for and that is enough. Raises SteersmanError where none is."""
+    for served in LORA_RANKS:
+        if served >= rank:
+            return served
+    raise SteersmanError(
+        f"rollout.sync adapter: vLLM takes adapters up to rank {LORA_RANKS[-1]}, and the policy's have rank {rank}; "
+        "lower model.lora.r, or use sync: weights"
+    )
 
 
 def _compare_tokenizers(server: Server, wanted: Requirements, model: Mapping[str, str]) -> None:

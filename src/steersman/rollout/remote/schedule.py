@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from typing import Any, TypeVar
 
 from steersman.rollout.port import Limits
@@ -29,6 +30,7 @@ class Schedule:
         self.published: dict[int, Snapshot] = {}
         self.newest, self.loaded = 0, -1
         self._changed, self._next, self._begun, self._closed = threading.Condition(), 0, 0, False
+        self._there: frozenset[int] = frozenset()
         self._weights = threading.RLock()
         self._pool = ThreadPoolExecutor(ahead + 1, thread_name_prefix="ahead")
 
@@ -37,9 +39,9 @@ class Schedule:
         self._begun = batch + 1
         return self._pool.submit(make)
 
-    def restart_at(self, batch: int) -> None:
-        """Nothing is under way, and the next batch to be begun is this one."""
-        self._next = self._begun = batch
+    def restart_at(self, batch: int, there: Collection[int] = ()) -> None:
+        """Nothing is under way, and the next batch to be sampled is this one; those in `there` have their samples."""
+        self._next, self._begun, self._there = batch, batch, frozenset(there)
 
     def sample(self, batch: int, work: Callable[[], T]) -> T:
         """Does the batch's sampling when it is its turn, by the weights that are its own."""
@@ -52,7 +54,7 @@ class Schedule:
             return work()
         finally:
             with self._changed:
-                self._next = batch + 1
+                self._next = next(n for n in count(batch + 1) if n not in self._there)
                 self._changed.notify_all()
 
     def drain(self) -> None:

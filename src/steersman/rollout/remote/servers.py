@@ -25,6 +25,7 @@ from steersman.rollout.remote.dialects import (
     Requirements,
     likeliest,
     numbers,
+    served_rank,
 )
 from steersman.rollout.remote.generator import RemoteGenerator
 from steersman.rollout.remote.launch import ServerProcess
@@ -32,6 +33,7 @@ from steersman.rollout.remote.ray_servers import PlacedByRay
 from steersman.rollout.remote.shared_folder import SharedFolder
 from steersman.rollout.remote.snapshot import (
     known_ids,
+    largest_rank,
     require_plain_adapters,
     server_settings,
     tolerance_of,
@@ -42,8 +44,6 @@ from steersman.rollout.remote.wire import ENGINE_KEY, VLLM_KEY, Server, ServerGo
 from steersman.rollout.sampling import Sampling
 from steersman.types import SteersmanError
 
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The ranks that vLLM keeps room for."""
 SERVED = "policy"
 """The name that a vLLM server serves the policy under."""
 OTHER_TEMPERATURE = 1.25
@@ -107,13 +107,14 @@ def open_vllm(policy: Policy, wanted: ServerSettings) -> RemoteGenerator:
     if not wanted.urls:
         require_vllm(python)
     on_cpu = policy.device.type == "cpu"
+    for_adapters = lora_words(policy) if wanted.adapter else []
 
     def command(model: Path) -> Callable[[int], Sequence[str]]:
         fixed = vllm_command(
             python, str(model), _dtype(policy), likeliest(wanted.sampling.top_k), on_cpu, _host(wanted)
         )
         if wanted.adapter:
-            fixed = [word if word != "dummy" else "auto" for word in fixed] + lora_words(policy)
+            fixed = [word if word != "dummy" else "auto" for word in fixed] + for_adapters
         return lambda port: [*fixed, "--port", str(port), *wanted.arguments]
 
     environment = {**vllm_environment(on_cpu), "PYTHONPATH": str(EXTENSION)}
@@ -141,9 +142,7 @@ def vllm_command(
 
 def lora_words(policy: Policy) -> list[str]:
     """What vLLM's command line has beside, where adapters of this policy's rank are loaded while it runs."""
-    assert policy.adapters is not None
-    settings: Any = policy.adapters.peft_config["default"]
-    rank = next((r for r in LORA_RANKS if r >= settings.r), LORA_RANKS[-1])
+    rank = served_rank(largest_rank(policy))
     return ["--enable-lora", "--max-loras", "1", "--max-cpu-loras", "2", "--max-lora-rank", str(rank)]
 
 
@@ -190,7 +189,8 @@ def _open(
     }  # fmt: skip
     top_k = wanted.sampling.top_k
     logprobs = min(likeliest(top_k), shared["vocabulary"]) if top_k else 0
-    required = Requirements(server_settings(policy, adapter=wanted.adapter), policy.tokenizer, logprobs)
+    rank = largest_rank(policy) if wanted.adapter else 0
+    required = Requirements(server_settings(policy, adapter=wanted.adapter), policy.tokenizer, logprobs, rank)
     key = os.environ.get(key_env, "").strip()
     stations = [
         Station(Server(url, wanted.timeout, key=key), None, dialect, wanted=required, **shared) for url in wanted.urls
@@ -214,7 +214,8 @@ def _open(
                     environment=environment, key=key, folders=[home] if number == 1 else [],
                 )  # fmt: skip
             launched.start()
-            stations.append(Station(None, launched, dialect, wanted=Requirements({}, logprobs=logprobs), **shared))
+            started_here = Requirements({}, logprobs=logprobs, rank=rank)
+            stations.append(Station(None, launched, dialect, wanted=started_here, **shared))
     generator = RemoteGenerator(
         policy, stations, folder, ends=wanted.ends, withheld=withheld, context=context, max_batch=wanted.max_batch,
         returns_support=returns_support, adapter=wanted.adapter,

@@ -85,13 +85,12 @@ class Snapshot:
 class Receipt:
     """Proof that a server has a version: `gap` is the largest difference of a canary's log-probability in nats,
     `compared` how many of the `tensors` were found bit for bit in the server's own memory (the others only in what
-    it read), `seconds` what sending and looking took."""
+    it read)."""
 
     version: int
     gap: float
     compared: int
     tensors: int
-    seconds: float
 
 
 def known_ids(policy: Policy) -> int:
@@ -159,6 +158,14 @@ def require_plain_adapters(policy: Policy) -> None:
             "rollout.sync adapter: servers take plain LoRA of linear layers, without dora, train_whole or adapters "
             f"on embeddings or experts{f' ({odd[0]})' if odd else ''}; use sync: weights"
         )
+
+
+def largest_rank(policy: Policy) -> int:
+    """The largest rank that peft's settings give any adapter of the policy; 0 where it has none."""
+    if policy.adapters is None:
+        return 0
+    settings: Any = policy.adapters.peft_config["default"]
+    return max([settings.r, *(settings.rank_pattern or {}).values()])
 
 
 def write_adapter(policy: Policy, folder: Path) -> dict[str, str]:

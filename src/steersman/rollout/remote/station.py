@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -60,6 +60,10 @@ class Station:
         assert self._server is not None
         return self._server
 
+    def answers(self) -> bool:
+        """Whether a server that was used before says, within two seconds, that it can work."""
+        return self._server is not None and self._server.healthy()
+
     @property
     def limits(self) -> ServerLimits:
         """What the server said of itself when it was first used."""
@@ -90,7 +94,7 @@ class Station:
             nonlocal restarts
             with self._repair:  # a server that another thread's call starts again has no weights yet
                 restarts, server = self.restarts, self.server
-                here = replace(call, adapter=self._adapter, most=self.limits.most)
+                here = replace(call, adapter=self._adapter, most=self.limits.most, rows=self.limits.rows)
             self.dialect.complete(server, {i: one for i, one in enumerate(asked) if i not in done}, here, done)
 
         self._outliving("over the same prompts", ask, lambda error: self._mend(error, restarts))
@@ -116,6 +120,9 @@ class Station:
         if self.process is not None:
             self.process.stop()
         elif self._server is not None:
+            if self._adapter and self._server.healthy():
+                with suppress(SteersmanError):  # a run ends as it does, whatever stays on a server of the user's
+                    self._server.unload_adapter(self._adapter)
             self._server.close()
 
     def _outliving(self, when: str, work: Callable[[], T], revive: Callable[[ServerGoneError], None]) -> T:
@@ -137,7 +144,6 @@ class Station:
 
     def _send(self, snapshot: Snapshot) -> Receipt:
         name, server = self._weights_name(snapshot), self.server
-        began = time.monotonic()
         if snapshot.adapter:
             self._send_adapter(snapshot, name)
         else:
@@ -156,11 +162,11 @@ class Station:
                 server.message(
                     f"its log-probabilities differ from the policy's by up to {gap:.3g} nats, and {self.tolerance:g} "
                     f"is allowed (rollout.tolerance), though every tensor of version {snapshot.version} arrived: "
-                    "another architecture or precision, a stale cache, or weights that it tied or left out"
+                    + _causes(snapshot)
                 )
             )
         self._require_logp_as_drawn(snapshot.version, canaries)
-        return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests), time.monotonic() - began)
+        return Receipt(snapshot.version, gap, len(held["live"]), len(snapshot.digests))
 
     def _send_adapter(self, snapshot: Snapshot, name: str) -> None:
         """The new adapters beside the base, in the place of those before."""
@@ -207,7 +213,8 @@ class Station:
         truncated distribution over the tokens that the server says it allowed."""
         asked = [SampleRequest(one.ids, (i, 0), CANARY_SAMPLES, 1, 0) for i, one in enumerate(canaries)]
         call = Call(
-            drawn, (version,), (), self.vocabulary, True, drawn.truncates, self._adapter, self.limits.most
+            drawn, (version,), (), self.vocabulary, True, drawn.truncates, self._adapter, self.limits.most,
+            self.limits.rows,
         )  # fmt: skip
         found: dict[int, list[Reply]] = {}
         self.dialect.complete(self.server, dict(enumerate(asked)), call, found)
@@ -273,3 +280,13 @@ class Station:
         assert self.process is not None  # any other is given up at its first
         root, told = self.process.trouble(), str(error)
         return SteersmanError(f"{self.process.name} died {when}. {told}{'' if root in told else f'. {root}'}")
+
+
+def _causes(snapshot: Snapshot) -> str:
+    """What may make a server answer otherwise than the policy though it has what it was sent."""
+    if snapshot.adapter:
+        return (
+            "only adapters were sent, so the base below them is not the policy's (another --model, or another run's "
+            "sync: weights has replaced it), or is of another precision"
+        )
+    return "another architecture or precision, a stale cache, or weights that it tied or left out"

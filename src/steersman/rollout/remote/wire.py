@@ -63,12 +63,14 @@ class PassingTroubleError(Exception):
 @dataclass(slots=True, frozen=True)
 class StartedWith:
     """Settings of a vLLM server: `most` sequences decoded at a time, those of its `model` that are numbers, which
-    log-probabilities it tells (`logprobs_mode`), and of how many tokens at most (`max_logprobs`; -1: of all)."""
+    log-probabilities it tells (`logprobs_mode`), of how many tokens at most (`max_logprobs`; -1: of all), and the
+    largest rank of adapters that it takes (`max_lora_rank`; 0: it takes none)."""
 
     most: int
     model: dict[str, Any]
     logprobs_mode: str
     max_logprobs: int
+    max_lora_rank: int
 
 
 class Server:
@@ -178,7 +180,7 @@ class Server:
             first = found["results"][0]
             return StartedWith(
                 int(first["max_num_seqs"]), dict(first["model"]), str(first["logprobs_mode"]),
-                int(first["max_logprobs"]),
+                int(first["max_logprobs"]), int(first["max_lora_rank"]),
             )  # fmt: skip
         except (LookupError, TypeError, ValueError) as error:
             raise BadReplyError(

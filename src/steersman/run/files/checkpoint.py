@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -17,11 +18,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from steersman.atomic import begin_dir, recover, remove_folder, replace_dir, saving
+from steersman.atomic import begin_dir, recover, remove_folder, replace_dir, saving, write_atomic
 from steersman.distributed.pieces import copy_to_cpu
 from steersman.distributed.ranks import Ranks, ranks
 from steersman.distributed.stored import mark_shards, replace_marks, size_and_digest, write_shards
 from steersman.types import Stats, SteersmanError
+
+ADDED = "settled.pt"
+"""In a checkpoint's folder: what `Checkpointer.settle` added."""
 
 
 @dataclass(slots=True)
@@ -64,8 +68,16 @@ class Checkpointer:
         if self.folder.exists():
             recover(self.folder)
 
-    def save(self, step: int, state: dict[str, Any], metrics: Stats | None = None, *, wait: bool = True) -> Path:
-        """Writes the checkpoint whole, then drops the ones that need not be kept.
+    def save(
+        self,
+        step: int,
+        state: dict[str, Any],
+        metrics: Stats | None = None,
+        *,
+        wait: bool = True,
+        settled: bool = True,
+    ) -> Path:
+        """Writes the checkpoint whole, then drops the ones that need not be kept; none before it is `settled`.
 
         All ranks call it: rank 0 writes, and every rank the pieces of tensors that it holds. Without `wait` the state
         is copied and written on a thread, and the checkpoint is there once that is done.
@@ -77,12 +89,41 @@ class Checkpointer:
         kept = {k: v for k, v in (metrics or {}).items() if math.isfinite(v)}
         path = self.folder / _name(step)
         if wait:
-            self._write(path, step, state, kept, ranks())
+            self._write(path, step, state, kept, ranks(), settled=settled)
             return path
         self._beside = self._beside or ranks().beside()
         copy, beside = copy_to_cpu(state), self._beside
-        self._writing = in_background(lambda: self._write(path, step, copy, kept, beside))
+        self._writing = in_background(lambda: self._write(path, step, copy, kept, beside, settled=settled))
         return path
+
+    def settle(self, step: int, state: dict[str, Any], metrics: Stats) -> None:
+        """Adds to the checkpoint of this step what was learned of it since it was saved: `load` gives `state` for
+        what it held under these names, and `metrics` rank it. Then drops the ones that need not be kept.
+
+        All ranks call it. Raises SteersmanError where the disk is full; the checkpoint is then as it was.
+        """
+        self.wait()
+        path = self.folder / _name(step)
+
+        def add() -> None:
+            manifest = _manifest(path)
+            if not manifest:  # somebody removed it meanwhile
+                return
+            with saving(path):
+                packed = io.BytesIO()
+                torch.save(state, packed)
+                write_atomic(path / ADDED, packed.getvalue())
+                manifest["metrics"] = {k: v for k, v in metrics.items() if math.isfinite(v)}
+                manifest["files"][ADDED] = size_and_digest(path / ADDED)
+                write_atomic(path / "manifest.json", _signed(manifest))
+            self._drop_old()
+
+        ranks().from_main(add, "a checkpoint")
+
+    def drop(self, step: int) -> None:
+        """Removes the checkpoint of this step. All ranks call it."""
+        self.wait()
+        ranks().from_main(lambda: _remove(self.folder / _name(step)), "a checkpoint")
 
     def wait(self) -> None:
         """Waits for the checkpoint that is still being written, and raises what went wrong with it."""
@@ -134,6 +175,8 @@ class Checkpointer:
         try:
             state = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=True)
             state = replace_marks(state, path)
+            if ADDED in manifest["files"]:
+                state |= torch.load(path / ADDED, map_location="cpu", weights_only=True)
         except Exception as error:
             raise SteersmanError(
                 f"checkpoint {path}: this version of torch ({torch.__version__}) can not read it: {error}"
@@ -148,7 +191,9 @@ class Checkpointer:
             raise SteersmanError(f"checkpoint {path}: it is damaged ({damage}); choose another")
         return path
 
-    def _write(self, path: Path, step: int, state: dict[str, Any], metrics: Stats, here: Ranks) -> None:
+    def _write(
+        self, path: Path, step: int, state: dict[str, Any], metrics: Stats, here: Ranks, *, settled: bool
+    ) -> None:
         """The manifest comes last and the folder takes its name after it, so a kill leaves the checkpoint before."""
         tmp = here.from_main(lambda: begin_dir(path), "a checkpoint's folder")
         try:
@@ -156,7 +201,13 @@ class Checkpointer:
             rest = mark_shards(state, pieces)
             with saving(path):
                 files = write_shards(pieces, tmp, here)
-            here.from_main(lambda: self._finish(path, tmp, step, rest, metrics, files), "a checkpoint")
+
+            def finish() -> None:
+                self._finish(path, tmp, step, rest, metrics, files)
+                if settled:
+                    self._drop_old()
+
+            here.from_main(finish, "a checkpoint")
         finally:
             if here.main:
                 shutil.rmtree(tmp, ignore_errors=True)
@@ -170,9 +221,8 @@ class Checkpointer:
                 "metrics": metrics,
                 "files": {"state.pt": size_and_digest(tmp / "state.pt"), **files},
             }
-            (tmp / "manifest.json").write_text(json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+            (tmp / "manifest.json").write_text(_signed(manifest))
             replace_dir(tmp, path)
-        self._drop_old()
 
     def _paths(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step-*") if p.is_dir())
@@ -191,10 +241,7 @@ class Checkpointer:
         keep = {*self._paths()[-self.keep_last :], *self._ranked()[: self.keep_best]}
         for path in self._paths():
             if path not in keep:
-                # Renamed first, so that a kill leaves rubbish with a name that says so, not half a checkpoint.
-                rubbish = path.with_name(f".tmp-{path.name}")
-                os.rename(path, rubbish)
-                remove_folder(rubbish)
+                _remove(path)
 
 
 def damage_of(path: Path) -> str | None:
@@ -215,6 +262,13 @@ def damage_of(path: Path) -> str | None:
     return None
 
 
+def _remove(path: Path) -> None:
+    """Renamed first, so that a kill leaves rubbish with a name that says so, not half a checkpoint."""
+    rubbish = path.with_name(f".tmp-{path.name}")
+    os.rename(path, rubbish)
+    remove_folder(rubbish)
+
+
 def _name(step: int) -> str:
     return f"step-{step:08d}"
 
@@ -229,6 +283,11 @@ def _manifest(path: Path) -> dict[str, Any]:
         return {}
     told = found.pop("sha256", None)
     return found if told == _digest(found) else {}
+
+
+def _signed(manifest: dict[str, Any]) -> str:
+    """The manifest as its file holds it."""
+    return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1)
 
 
 def _digest(fields: dict[str, Any]) -> str:

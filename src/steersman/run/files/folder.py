@@ -6,6 +6,7 @@
     checkpoints/   (checkpoint.py)              summary.json, report.html                    (run/report/page.py)
     reference/     what a frozen reference says of the data (setup/reference.py)
     tracker-id     what stands for the run in trackers of numbers (sinks.py)
+    tracebacks.txt what code of the user's raised, whole (guards/raised.py)
 
 Every file is whole or not there (`steersman/atomic.py`).
 """
@@ -23,6 +24,7 @@ from steersman.config.load import with_new_defaults
 from steersman.config.recipe_text import load_yaml
 from steersman.config.sections import Section
 from steersman.distributed.ranks import ranks
+from steersman.guards.raised import Tracebacks, kept
 from steersman.run.files.inputs import check_inputs, inputs_of
 from steersman.types import SteersmanError
 
@@ -31,6 +33,9 @@ held: list[Path] = []
 
 IDENTITY = "tracker-id"
 """What stands for the run in trackers of numbers (sinks.py)."""
+
+TRACEBACKS = "tracebacks.txt"
+"""What code of the user's raised. It stays where the run is taken back, since the message points to it."""
 
 BEGINNINGS = ("config.yaml", "inputs.json", "metrics.jsonl", "report.html", IDENTITY)
 """What a run writes before its first step or round."""
@@ -76,6 +81,8 @@ class RunFolder:
             inputs = inputs_of(recipe, self.path)
             if self.resumed:
                 check_inputs(self.path / "inputs.json", inputs)
+            else:
+                (self.path / TRACEBACKS).unlink(missing_ok=True)  # of a run that was refused here
             self._write_config(recipe)
             write_atomic(self.path / "inputs.json", json.dumps(inputs, indent=1))
         except BaseException:
@@ -86,10 +93,14 @@ class RunFolder:
             self._lock.close()
             raise
         held.append(self.path)
+        self._tracebacks = Tracebacks(self.path / TRACEBACKS, write_atomic)
+        kept.append(self._tracebacks)
 
     def close(self) -> None:
         """Lets go of the folder; a second call does nothing."""
         self._lock.close()
+        if self._tracebacks in kept:
+            kept.remove(self._tracebacks)
 
     def forget(self) -> None:
         """Takes back what says that a run is here, and the folder where it was made for it and nothing else is in it:

@@ -81,6 +81,10 @@ class Ledger:
         self.stopped = isinstance(error, StoppedError)
         if self.stopped:
             self.log.note(f"stopped by {self.signal.signal_name}; go on with --resume --run.dir {self.path}")
+        elif error is not None and (self.began or self.folder.resumed):
+            self.log.note(
+                "an error ends the run; what was made before it is kept, and --resume goes on", style="yellow"
+            )
         try:
             # A report that can not be written must not hide why the run failed.
             with nullcontext() if error is None else suppress(Exception):

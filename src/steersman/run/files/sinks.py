@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import uuid
 from collections.abc import Callable, Sequence
 from contextvars import Context
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 
 from steersman.atomic import write_atomic
 from steersman.guards.functions import load_function
+from steersman.guards.raised import keep_traceback, place_of, user_errors
 from steersman.guards.user_code import user_code
 from steersman.run.files.folder import IDENTITY
 from steersman.types import Stats, SteersmanError
@@ -162,7 +164,8 @@ class Sinks:
                 with user_code(f"sink '{name}'", _LONGEST):
                     sink.log(step, dict(stats))
             except Exception as error:
-                self.dropped[name] = f"the sink '{name}' failed at step {step} and gets no more: {_said(error)}"
+                said = _said(name, error)
+                self.dropped[name] = f"the sink '{name}' failed at step {step} and gets no more: {said}"
                 self.tell(f"{self.dropped[name]}. metrics.jsonl has every number; the run goes on")
                 self._close(name)
 
@@ -179,12 +182,15 @@ class Sinks:
             with user_code(f"sink '{name}'", _LONGEST):
                 self.open.pop(name).close()
         except Exception as error:
-            return _said(error)
+            return _said(name, error)
         return None
 
 
-def _said(error: Exception) -> str:
-    return str(error) if isinstance(error, SteersmanError) else f"{type(error).__name__}: {error}"
+def _said(name: str, error: Exception) -> str:
+    if isinstance(error, SteersmanError):
+        return str(error)
+    who = f"sink '{name}'"
+    return f"{type(error).__name__}: {error}{place_of(error)}{keep_traceback(who, error)}"
 
 
 def require_sinks(names: Sequence[str]) -> None:
@@ -207,7 +213,13 @@ def open_sink(name: str, folder: Path, resumed_step: int) -> Sink:
     require_sinks([name])
     if ":" in name:
         made: Any = load_function(name)
-        with user_code(f"sink '{name}': opening it"):
+        try:
+            inspect.signature(made).bind(folder, resumed_step)
+        except TypeError as error:
+            raise SteersmanError(
+                f"sink '{name}': it is made from (folder, resumed_step), which its constructor does not take: {error}"
+            ) from error
+        with user_errors(f"sink '{name}': opening it"):
             sink = made(folder, resumed_step)
         missing = [part for part in ("log", "close") if not callable(getattr(sink, part, None))]
         if missing:

@@ -24,8 +24,9 @@ def calibration_png(
     axes.plot(predicted, observed, color="#2b5f8f", lw=1.4, zorder=2)
     most = max(count, default=1)
     axes.scatter(predicted, observed, s=[20 + 180 * n / most for n in count], color="#2b5f8f", alpha=0.75, zorder=3)
-    for x, y, n in zip(predicted, observed, count, strict=True):
-        axes.annotate(f"{n}", (x, y), textcoords="offset points", xytext=(0, 9), ha="center", fontsize=7)
+    for i, (x, y, n) in enumerate(zip(predicted, observed, count, strict=True)):
+        beside = (0, -15 if i % 2 else 10)  # neighbours may lie on each other
+        axes.annotate(f"{n}", (x, y), textcoords="offset points", xytext=beside, ha="center", fontsize=7)
     axes.set_xlim(low - 0.02, 1.02)
     axes.set_ylim(min([low, *observed]) - 0.05, 1.05)
     axes.set_xlabel("predicted probability")

@@ -35,8 +35,8 @@ def batch(t: Translation) -> None:
 
 def _world(t: Translation) -> tuple[int, bool]:
     """Processes of all machines together, and whether the file says it."""
-    name, number = t.given("num_processes", "nproc_per_node", "num_gpus")
-    machines, several = t.given("nnodes", "num_machines")
+    name, number = t.given("num_processes", "nproc_per_node", "num_gpus", "actor_num_gpus_per_node")
+    machines, several = t.given("nnodes", "num_machines", "actor_num_nodes")
     several = several if is_whole(several) else 1
     if not name:
         return 1, False

@@ -47,11 +47,50 @@ UNLIKE = {
     "config_file": "names another file, which is not read; parallel.mode and run.devices say how devices share a run",
     "engine": "parallel.mode says it here: zero1, zero2 or zero3 for DeepSpeed",
     "num_episodes": "counts passes over the prompts; iterations are passes through the loop here",
-    "input_key": "names a column; data.columns does that here, such as {prompt: COLUMN}",
-    "output_key": "names a column; data.columns does that here, such as {completion: COLUMN}",
-    "prompt_key": "names a column; data.columns does that here, such as {prompt: COLUMN}",
-    "chosen_key": "names a column; data.columns does that here, such as {chosen: COLUMN}",
-    "rejected_key": "names a column; data.columns does that here, such as {rejected: COLUMN}",
+    "template": "texts of turns are laid out by the model's own chat template here; data.wrap_in_chat says whether "
+    "plain text is put into it",
+    "input_template": "data.prompt_template makes the prompt out of columns here, such as 'User: {prompt}'",
+    **dict.fromkeys(
+        (
+            "ref_num_nodes",
+            "ref_num_gpus_per_node",
+            "reward_num_nodes",
+            "reward_num_gpus_per_node",
+            "critic_num_nodes",
+            "critic_num_gpus_per_node",
+            "colocate_all_models",
+            "colocate_actor_ref",
+            "colocate_critic_reward",
+        ),
+        "all models share the devices of run.devices here",
+    ),
+    **dict.fromkeys(
+        (
+            "vllm_gpu_memory_utilization",
+            "vllm_tensor_parallel_size",
+            "vllm_max_model_length",
+            "enforce_eager",
+            "enable_prefix_caching",
+        ),
+        "is an argument of vLLM's: with rollout.engine vllm, rollout.arguments takes those of its command line",
+    ),
+    "vllm_num_engines": "with rollout.engine vllm, rollout.servers says how many are started",
+    **dict.fromkeys(
+        ("vllm_mode", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
+        "with rollout.engine vllm, rollout.url names servers that run already, and rollout.timeout is their time",
+    ),
+    **dict.fromkeys(
+        ("use_dynamic_batch", "train_max_tokens_per_gpu", "rollout_max_tokens_per_gpu"),
+        "what goes through a model at once is run.micro_tokens here, in tokens",
+    ),
+    "dynamic_filtering_reward_range": "dapo leaves out groups whose scores are all equal, whatever their mean is",
+    "agent_func_path": "is called otherwise here; environment.path names a class of yours",
+    "ckpt_path": "checkpoints are in run.dir here",
+    "save_hf_ckpt": "checkpoints are in run.dir here; `steersman export` makes a model of what a run has saved",
+    **dict.fromkeys(
+        ("hub_model_id", "hub_strategy"),
+        "`steersman push` uploads the model of a run that has ended",
+    ),
     "dataset_probs": "how long an epoch is differs; see data.mix",
     "prompt_data_probs": "how long an epoch is differs; see data.mix",
     "load_checkpoint": "goes on from another toolkit's checkpoint; here --resume goes on with the run in run.dir",
@@ -176,9 +215,15 @@ def _adapters_folder(_: Translation, value: Any) -> dict[str, Any]:
     return {"model.path": str(listed(value)[0])}
 
 
-def _zero_stage(_: Translation, value: Any) -> dict[str, Any]:
+def _zero_stage(t: Translation, value: Any) -> dict[str, Any]:
+    """DeepSpeed's stage. Beside bfloat16 its optimizer keeps float32 weights there, in shards, and passes are in
+    bfloat16: `fsdp` does that here, with gathered weights that are kept after a pass where stage 2 keeps them."""
     if isinstance(value, bool) or value not in (0, 1, 2, 3):
         raise LeftOutError(f"{short(value)} is no stage of ZeRO")
+    if value >= 2 and t.keys.get("model.dtype") == "bfloat16":
+        t.keys["model.dtype"] = "float32"
+        found: dict[str, Any] = {"parallel.mode": "fsdp", "parallel.compute_dtype": "bfloat16"}
+        return found if value == 3 else {**found, "parallel.reshard": False}
     return {"parallel.mode": f"zero{value}" if value else "replicas"}
 
 
@@ -331,6 +376,24 @@ def _actor_waits(_: Translation, value: Any) -> dict[str, Any]:
     return {} if is_number(value) and value <= 0 else {"critic.warmup": value}
 
 
+def _dynamic_filtering(t: Translation, value: Any) -> dict[str, Any]:
+    if t.verb != "dapo" and is_on(value):
+        raise LeftOutError("is algorithm.dynamic_sampling of dapo here: --verb dapo")
+    return {} if is_on(value) or t.verb != "dapo" else {"algorithm.dynamic_sampling": 0}
+
+
+def _loss_kind(t: Translation, value: Any) -> dict[str, Any]:
+    if (value == "gspo") is not (t.verb == "gspo"):
+        raise LeftOutError(f"{short(value)}: of the verbs here, gspo alone has the loss gspo")
+    return {}
+
+
+def _subset(_: Translation, value: Any) -> dict[str, Any]:
+    if len(listed(value)) != 1:
+        raise LeftOutError("several configurations; data.subset takes one")
+    return {"data.subset": str(listed(value)[0])}
+
+
 def _top_k(_: Translation, value: Any) -> dict[str, Any]:
     return {"rollout.top_k": 0 if value == -1 else value}
 
@@ -422,6 +485,10 @@ RULES: dict[str, Callable[[Translation, Any], dict[str, Any]]] = {
     "use_kl_loss": _switch("algorithm.kl_in", "loss"), "max_new_tokens": _new_tokens, "num_train_epochs": _epochs,
     "num_epochs": _epochs, "max_epochs": _max_epochs, "max_steps": _max_steps, "total_episodes": _episodes,
     "save_steps": _save_steps, "eval_steps": _eval_steps, "logging_steps": _logging_steps,
-    "resume_from_checkpoint": _resume,
+    "resume_from_checkpoint": _resume, "use_muon": _switch("optimizer.kind", "muon"),
+    "use_vllm": _only(False, "rollout.engine: vllm does that here"), "dynamic_filtering": _dynamic_filtering,
+    "apply_chat_template": _switch("data.wrap_in_chat", True, False), "policy_loss_type": _loss_kind,
+    "dataset_configs": _subset,
+    "push_to_hub": _only(False, "`steersman push` uploads the model of a run that has ended"),
 }  # fmt: skip
 """By their name, what it says in our keys. What is in none of the tables keeps its value under the key in PEERS."""

@@ -1,14 +1,13 @@
 """Another toolkit's settings out of a file, and what they say of the verb.
 
-Read are YAML and JSON files, and command lines in shell scripts (`--key value`). Nothing in the file is run.
+Read are YAML and JSON files, and command lines in shell scripts (`--key value`) with the variables and arrays that
+the script sets. Nothing in the file is run.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-import shlex
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from steersman.config.sections import Section
 from steersman.types import SteersmanError
 from steersman.verbs.feedback import RECIPES as FEEDBACK
 from steersman.verbs.on_policy_recipes import RECIPES as ON_POLICY
+from steersman.verbs.peers.shell import Word, read_commands
 from steersman.verbs.preference import PreferenceRecipe
 from steersman.verbs.reward_model import RewardModelRecipe
 from steersman.verbs.sft import SFTRecipe
@@ -77,12 +77,6 @@ PROCESSES = ("num_processes", "nproc_per_node", "num_gpus", "nnodes", "num_machi
 ONE_WORD = {*PROCESSES, "config_file", "include", "hostfile", "master_port", "main_process_port", "address"}
 """Options of launchers, after which one word is the value and the next may be the program."""
 LARGEST = 1 << 20
-_REDIRECTED = re.compile(
-    r"""(?P<operator>&>>?|>[>&|]?|<(?:<<|<-?|[>&])?)(?:[ \t]|\\\n)*
-        (?P<target>[<>]\([^)]*\)|(?:\\.|"(?:\\.|[^"\\])*"|'[^']*'|[^\s;&|<>"'\\])*)""",
-    re.DOTALL | re.VERBOSE,
-)
-"""A shell's redirection outside of quotation marks, with the file, descriptor or process that it names."""
 
 
 def recipe_of(verb: str) -> type[Section]:
@@ -107,10 +101,10 @@ def read_settings(path: Path) -> dict[str, Any]:
             if not isinstance(found, dict):
                 raise SteersmanError(f"{path}: holds no settings (name: value)")
             return {str(key).replace("-", "_"): value for key, value in found.items()}
-        lines = [shlex.split(line) for line in _command_lines(text)]
+        lines = read_commands(text)
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise SteersmanError(f"{path}: can not be read as settings: {error}") from error
-    counted = [(sum(word.startswith("--") for word in words), words) for words in lines]
+    counted = [(sum(word.text.startswith("--") for word in words), words) for words in lines]
     most, words = max(counted, key=lambda each: each[0], default=(0, []))
     if not most:
         raise SteersmanError(f"{path}: holds no command line with settings (--key value); name a YAML file as .yaml")
@@ -160,54 +154,12 @@ def script_words(settings: dict[str, Any]) -> list[str]:
     return re.split(r"[^a-z0-9+]+", name.rsplit(".", 1)[-1])
 
 
-def _command_lines(text: str) -> Iterator[str]:
-    """The commands of a shell script: ended by ends of lines, `;`, `&` and `|` outside of quotation marks, without
-    their comments and redirections. Ends of lines behind a backslash end nothing.
-
-    Raises ValueError for a redirection to no file.
-    """
-    line, quote, place = "", "", 0
-    while place < len(text):
-        char = text[place]
-        if char == "\\" and quote != "'":
-            following = text[place : place + 2]
-            line += " " if following == "\\\n" and not quote else following
-            place += 2
-            continue
-        if quote:
-            quote = "" if char == quote else quote
-        elif char in "'\"":
-            quote = char
-        elif char == "#" and (not line or line[-1].isspace()):
-            end = text.find("\n", place)
-            place = len(text) if end < 0 else end
-            continue
-        elif (redirected := _REDIRECTED.match(text, place)) is not None:
-            line, place = re.sub(r"(?<!\S)\d+$", "", line), _behind(redirected)
-            continue
-        elif char in "\n;&|":
-            yield line
-            line, place = "", place + 1
-            continue
-        line += char
-        place += 1
-    yield line
-
-
-def _behind(redirected: re.Match[str]) -> int:
-    """Where a redirection and its file end. Raises ValueError where a setting or nothing stands in its place."""
-    target = redirected["target"]
-    if not target or target.startswith("--"):
-        raise ValueError(
-            f"the shell would redirect with `{redirected['operator']}`, which stands in front of "
-            f"{target or 'no file'}; put quotation marks around a value that has < or >"
-        )
-    return redirected.end()
-
-
-def _command(words: list[str]) -> dict[str, Any]:
+def _command(told: list[Word]) -> dict[str, Any]:
     """`--key value` pairs of a command line, several values as a list; a key without a value is true. `command` is
-    the program: what launchers are told stands in front of it."""
+    the program: what launchers are told stands in front of it. A word that the shell would put something else for and
+    that is not a key's only value is a name of its own, with itself as its value; so is a word behind the program
+    that is no key's value."""
+    words = [word.text for word in told]
     start = _program(words)
     found: dict[str, Any] = {} if start is None else {"command": words[start]}
     whole: dict[str, str] = {}
@@ -216,6 +168,8 @@ def _command(words: list[str]) -> dict[str, Any]:
         name, equals, value = words[i].removeprefix("--").partition("=")
         is_key, i = words[i].startswith("--") and name != "", i + 1
         if not is_key:
+            if i - 1 != start and (told[i - 1].unread or (start is not None and i > start and words[i - 1] != "--")):
+                found[words[i - 1]] = words[i - 1]
             continue
         in_front = start is not None and i <= start
         key = name.replace("-", "_")
@@ -223,6 +177,8 @@ def _command(words: list[str]) -> dict[str, Any]:
         values = [value] if equals else []
         while not equals and i < len(words) and not words[i].startswith("--") and i != start:
             if (in_front or key in ONE_WORD) and values:
+                break
+            if told[i].several or (told[i].unread and values):
                 break
             values.append(words[i])
             i += 1

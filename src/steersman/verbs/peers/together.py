@@ -141,6 +141,87 @@ def sinks(t: Translation) -> None:
     t.taken.update(names)
 
 
+COLUMNS = {
+    "prompt_key": "prompt", "input_key": "prompt", "output_key": "completion", "chosen_key": "chosen",
+    "rejected_key": "rejected", "label_key": "label", "dataset_text_field": "text",
+}  # fmt: skip
+"""Names that name a column of the data, and what it is here."""
+
+
+def columns(t: Translation) -> None:
+    """Where the data's own columns are."""
+    found: dict[str, str] = {}
+    names = [n for n in COLUMNS if n in t.settings and n not in t.left]
+    for name in names:
+        column, value = COLUMNS[name], t.settings[name]
+        if name == "label_key" and t.verb != "kto":
+            t.leave(name, "rewards read the columns of a row by their own names here: name a parameter of the "
+                    "function so")  # fmt: skip
+            continue
+        if name == "input_key" and t.verb == "sft" and "output_key" not in t.settings:
+            column = "messages" if is_on(t.settings.get("apply_chat_template")) else "text"
+        if not isinstance(value, str) or not value:
+            t.leave(name, f"{short(value)} is no name of a column")
+        elif column in found:
+            t.leave(name, f"{short(found[column])} is the column already that data.columns gives for {column}")
+        else:
+            found[column] = value
+    t.taken.update(names)
+    if any(column != value for column, value in found.items()):
+        t.put("data.columns", found, *(n for n in names if n not in t.left))
+
+
+CORRECTIONS = {
+    "token_truncate": "token_truncated", "token_mask": "token_masked", "sequence_truncate": "sequence_truncated",
+    "sequence_mask": "sequence_masked", "tis": "token_truncated", "icepop": "token_masked",
+}  # fmt: skip
+"""What TRL and OpenRLHF do with the ratio of training's probabilities to the sampler's: our `rollout.correction`."""
+CORRECTED = ("enable_vllm_is_correction", "vllm_enable_is_correction", "vllm_importance_sampling_correction")
+CORRECTION_KINDS = ("vllm_is_correction_type", "vllm_importance_sampling_mode")
+CORRECTION_CAPS = ("vllm_importance_sampling_clip_max", "vllm_importance_sampling_cap", "vllm_is_truncated_threshold")
+
+
+def correction(t: Translation) -> None:
+    """The weight of what another engine has sampled."""
+    switch, on = t.given(*CORRECTED)
+    kind_name, kind = t.given(*CORRECTION_KINDS)
+    cap_name, cap = t.given(*CORRECTION_CAPS)
+    low_name, low = t.given("vllm_importance_sampling_clip_min")
+    names = [n for n in (switch, kind_name, cap_name, low_name) if n]
+    if not names:
+        return
+    t.taken.update(names)
+    why = "" if "rollout.correction.kind" in t.known else f"{t.verb} has no counterpart"
+    if t.toolkit == "trl" and not is_on(t.settings.get("use_vllm")):
+        why = why or "is read with use_vllm alone"
+    if not why and not is_on(on) and (switch or t.toolkit == "openrlhf"):
+        if switch:
+            t.put("rollout.recompute_logp", True, switch)
+            t.put("rollout.correction.kind", "none", switch)
+        names, why = [n for n in names if n != switch], f"{switch or CORRECTED[0]} is not on"
+    if why:
+        for name in names:
+            t.leave(name, why)
+        return
+    kind = kind or ("tis" if t.toolkit == "openrlhf" else "sequence_mask")
+    ours = CORRECTIONS.get(str(kind))
+    if ours is None:
+        for name in names:
+            t.leave(name, f"{short(kind)} has no counterpart for rollout.correction.kind")
+        return
+    t.put("rollout.recompute_logp", True, *(n for n in (switch, kind_name) if n))
+    t.put("rollout.correction.kind", ours, *(n for n in (switch, kind_name) if n))
+    if isinstance(cap, list) and len(cap) == 2:
+        low_name, (low, cap) = cap_name, cap
+    if cap_name:
+        t.put("rollout.correction.cap", cap, cap_name)
+    if ours == "token_masked" and (low_name or t.toolkit == "trl"):
+        t.put("rollout.correction.low", low or 0.0, *([low_name] if low_name else []))
+    elif low_name and low:
+        t.leave(low_name, f"{short(low)} at its lower end: rollout.correction.low is of token_masked and "
+                "geometric_masked")  # fmt: skip
+
+
 def warmup(t: Translation) -> None:
     """Warm-up in updates, or as a share of them: where a number of steps above 0 is given, it decides."""
     counts, shares = ("warmup_steps", "warmup_num_steps"), ("warmup_ratio", "lr_warmup_ratio")
@@ -185,6 +266,32 @@ def optimal_values(t: Translation) -> None:
     """Prompts that the reference never solves, which TRL leaves out unless the file says otherwise."""
     if t.toolkit == "trl" and t.verb == "a2po" and "filter_all_incorrect" not in t.settings:
         t.put("algorithm.solved_above", 0.0)
+
+
+SYNCED = ("ref_model_mixup_alpha", "ref_model_sync_steps")
+"""How TRL's reference follows the policy where `sync_ref_model` is on."""
+
+
+def moving_reference(t: Translation) -> None:
+    """A reference that follows the policy."""
+    switch, on = t.given("sync_ref_model")
+    names = [name for name in SYNCED if name in t.settings and name not in t.left]
+    t.taken.update({switch, *names})
+    if "moving_reference.every" not in t.known or not is_on(on):
+        why = "sync_ref_model is not on" if "moving_reference.every" in t.known else f"{t.verb} has no counterpart"
+        for name in [*names, *([switch] if is_on(on) else [])]:
+            t.leave(name, why)
+        return
+    t.put("moving_reference", {}, switch)
+    share, steps = (t.settings.get(name) if name in names else None for name in SYNCED)
+    if is_number(share) and 0 < share <= 1:
+        t.put("moving_reference.decay", round(1 - share, 9), SYNCED[0])
+    elif share is not None:
+        t.leave(SYNCED[0], f"{short(share)} is no share above 0")
+    if is_whole(steps):
+        t.put("moving_reference.every", steps, SYNCED[1])
+    elif steps is not None:
+        t.leave(SYNCED[1], f"{short(steps)} is no number of updates")
 
 
 def strategies(t: Translation) -> None:

@@ -103,15 +103,18 @@ class Worker:
     """Methods that vLLM's worker gets beside its own."""
 
     def steersman_settings(self) -> dict[str, Any]:
-        """`max_num_seqs`, the most sequences decoded at a time, those SIZES of the `model` that it has, and which
-        log-probabilities are told (`logprobs_mode`), of at most `max_logprobs` tokens."""
+        """`max_num_seqs`, the most sequences decoded at a time, those SIZES of the `model` that it has, which
+        log-probabilities are told (`logprobs_mode`), of at most `max_logprobs` tokens, and `max_lora_rank`, 0 where
+        adapters are not taken."""
         config = self.model_config.hf_text_config  # type: ignore[attr-defined]
+        lora = self.lora_config  # type: ignore[attr-defined]
         told = {name: getattr(config, name, None) for name in SIZES}
         return {
             "max_num_seqs": self.scheduler_config.max_num_seqs,  # type: ignore[attr-defined]
             "model": {name: value for name, value in told.items() if isinstance(value, int)},
             "logprobs_mode": str(self.model_config.logprobs_mode),  # type: ignore[attr-defined]
             "max_logprobs": self.model_config.max_logprobs,  # type: ignore[attr-defined]
+            "max_lora_rank": 0 if lora is None else int(lora.max_lora_rank),
         }
 
     def steersman_digests(self, path: str = "") -> dict[str, Any]:

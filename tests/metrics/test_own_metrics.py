@@ -1,0 +1,90 @@
+"""A metric of one's own that gives what is no score is refused by its name."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from steersman.metrics import Corpus, Scorer, metric
+from steersman.metrics.workers import Parallel
+from steersman.types import SteersmanError
+
+
+def giving(rows=None, over=None):
+    class Own(Scorer):
+        name = "own"
+        implementation = "mine"  # type: ignore[assignment]
+
+        def rows(self, batch):
+            return rows(batch.texts)
+
+        def over(self, batch):
+            return super().over(batch) if over is None else over
+
+    return Own()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            lambda texts: dict.fromkeys(range(len(texts)), 5.0),
+            "rows gave dict; give a list of one number for each text",
+        ),
+        (lambda texts: 1.0, "rows gave float"),
+        (lambda texts: None, "rows gave NoneType"),
+        (lambda texts: (1.0 for _ in texts), "rows gave generator"),
+        (lambda texts: ["1.0" for _ in texts], "row 0: the score is '1.0', not a finite number"),
+        (lambda texts: torch.tensor(1.0), "rows gave float"),
+    ],
+)
+def test_scores_are_a_list_of_numbers(rows, said):
+    for ask in (giving(rows).score, giving(rows).corpus):
+        with pytest.raises(SteersmanError, match=f"metric 'own'.*{said}"):
+            ask(["a", "b"])
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_a_list_a_tuple_an_array_and_a_tensor_are_scores(kind):
+    assert giving(lambda texts: kind([1.0, 2.0])).score(["a", "b"]) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        (3.0, r"over gave float; give steersman\.metrics\.Corpus\(value, low, high, count\)"),
+        (Corpus(float("nan"), 0.0, 0.0, 1), "the value over 2 texts is nan, not a finite number"),
+    ],
+)
+def test_the_value_of_a_set_is_a_corpus_with_a_finite_value(over, said):
+    with pytest.raises(SteersmanError, match=f"metric 'own': {said}"):
+        giving(over=over).corpus(["a", "b"])
+
+
+OWN = """
+from steersman.metrics import Scorer
+
+class Base(Scorer):
+    name = "own"
+    implementation = "mine"
+    def rows(self, batch):
+        return {i: 1.0 for i in range(len(batch.texts))}
+
+class Smaller(Base):
+    better = "smaller"
+
+class Word(Base):
+    needs = "references"
+"""
+
+
+def test_what_a_class_says_of_itself_is_checked(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    with pytest.raises(SteersmanError, match="better is 'smaller'; it is one of higher, lower, neither"):
+        metric(f"{path}:Smaller")
+    with pytest.raises(SteersmanError, match="needs is 'references'; give a tuple of names"):
+        metric(f"{path}:Word")
+    with pytest.raises(SteersmanError, match="rows gave dict"):
+        Parallel(f"{path}:Base", workers=1).score(["a", "b"])
