@@ -147,10 +147,10 @@ def test_killed_inside_a_cell_and_between_cells_it_ends_alike(done, tmp_path, mo
     recipe = GrueRecipe.model_validate(values)
     steps = session.Session.observe
 
-    def kill_at_two(self, step, stats, texts=()):
+    def kill_at_two(self, step, stats, texts=(), **more):
         if self.verb == "grpo" and step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return steps(self, step, stats, texts)
+        return steps(self, step, stats, texts, **more)
 
     monkeypatch.setattr(session.Session, "observe", kill_at_two)
     stopped = run(recipe)

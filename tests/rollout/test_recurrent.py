@@ -20,7 +20,7 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 MAMBA2: dict[str, Any] = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2,
-    "mamba_d_ssm": 64,
+    "mamba_d_ssm": 64, "mamba_chunk_size": 8,
 }  # fmt: skip
 DELTA: dict[str, Any] = {
     "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
@@ -42,7 +42,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron_h": BASE | MAMBA2 | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "num_hidden_layers": 4,
                                    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
                                    "moe_shared_expert_intermediate_size": 16, "mamba_num_heads": 8,
-                                   "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 1},
+                                   "mamba_head_dim": 8, "ssm_state_size": 16, "n_groups": 1, "chunk_size": 8},
     "zamba2": BASE | {"mamba_expand": 2, "n_mamba_heads": 8, "mamba_d_state": 16, "mamba_ngroups": 1, "chunk_size": 8,
                       "num_mem_blocks": 1, "use_shared_attention_adapter": False, "num_hidden_layers": 3,
                       "layers_block_type": ["mamba", "hybrid", "mamba"], "attention_head_dim": 16,
