@@ -125,7 +125,8 @@ def _chat(folder: Path) -> str:
         "given back. In the second the rows of GRPO and PPO (but for QLoRA) are of 2026-11-30, after prompts and "
         "answers became one read, in an hour in which the machine was slower, its MKL most of all; the others are of "
         "the day before, when a layer's product reached 186 and 200 GFLOP/s and TRL's GRPO took 30 s. The third is "
-        "of an Intel processor, where MKL reaches what oneDNN does. GRPO and PPO of whole models have `offload: true`.\n",
+        "of an Intel processor, where MKL reaches what oneDNN does. GRPO and PPO of whole models have "
+        "`offload: true`.\n",
     ]
     for processor, found in machines.items():
         rate = found["products"]
