@@ -212,7 +212,7 @@ class Judge(Scorer):
 @pytest.mark.parametrize(("look", "keep"), [(2, "last"), (4, "best")])
 def test_offline_looks_that_fail_are_made_up_for(name, look, keep, tmp_path, mini):
     """Looks come at 0, 2, 4 and 5; the last one's failure leaves the trained step, too."""
-    for run, fails in (("whole", 0), ("cut", look)):
+    for run, fails in (("whole", None), ("cut", look)):
         folder = tmp_path / run
         folder.mkdir()
         (folder / "judge.py").write_text(FAILING.replace("FAILS", str(fails)))
@@ -228,7 +228,8 @@ def test_offline_looks_that_fail_are_made_up_for(name, look, keep, tmp_path, min
             with pytest.raises(SteersmanError, match=rf"did not answer.*\. Step {step} is saved: mend"):
                 verb.here(asked, resume=False)
             assert saved(folder / "run")[-1] == step
-            (folder / "judge.py").write_text(FAILING.replace("FAILS", "0"))
+            # Python takes a file of the same size, changed within one second, for the one it had compiled.
+            (folder / "judge.py").write_text(FAILING.replace("FAILS", "None"))
         verb.here(asked, resume=bool(fails))
     assert_same_run(tmp_path / "whole" / "run", tmp_path / "cut" / "run")
 
