@@ -36,8 +36,8 @@ ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-offload-activations": ("dpo", {"model.gradient_checkpointing": True, "model.offload_activations": True}),
     "dpo-share": ("dpo", {"loss.name": "wpo", "loss.nll": 0.2}),
 }
-NOT_HERE = {"grpo-process", "grpo-ahead", "dapo-ahead"}
-"""Another process would have to be given the device too."""
+NOT_HERE = {"grpo-process", "grpo-ahead", "dapo-ahead", "sft-cache", "reward-cache", "grpo-curriculum", "rloo-stop"}
+"""Another process would have to be given the device too, or what they add is the host's work alone."""
 UNTIED = {"ppo-t5", "grpo-bart", "dpo-t5", "gspo-segments"}
 """Moving a module to a device of this kind gives every name of a tied weight a tensor of its own."""
 TRAINED = [

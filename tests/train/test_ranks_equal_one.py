@@ -90,8 +90,13 @@ CLOSE = {"ppo-reward-model": 1e-6, "ppo-judge": 1e-6, "ppo-t5": 1e-6}
 """What is not held to 1e-9: a reward model scores in float32, and rows stand in other batches; where T5's gradients
 are near zero, AdamW makes rounding as large as the rest."""
 NOT_IN_PIECES = {"trpo", "dapo-ahead", "sft-adafactor", "sft-muon"}
-LIKE_OTHERS = {"a2c", "reinforce", "rloo", "dapo", "gspo", "ppo-kl", "grpo-curriculum"}
-"""Their losses and prompts do not touch how weights lie: they run on replicas; in pieces, others stand for them."""
+LIKE_OTHERS = {
+    *("a2c", "nlpo", "reinforce", "rloo", "remax", "dapo", "gspo", "ppo-kl", "kto", "bco", "ppo-two-epochs"),
+    *("ppo-judge", "grpo-ahead", "grpo-curriculum", "gspo-segments", "a2po-several", "dapo-masks"),
+    *("sft-cache", "reward-cache", "dpo-tpo", "dpo-aot", "dpo-bema", "kto-moving"),
+}
+"""Their losses, rows and prompts do not touch how weights lie: they run on replicas; in pieces, others stand for
+them."""
 NAMES = [*ON_POLICY, *OFFLINE, *EXTRA]
 ANSWERS = ["generate", "evaluate"]
 """Verbs that train nothing: their files are compared."""
