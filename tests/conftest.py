@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -33,8 +34,9 @@ from tiny_models import FAMILIES, tiny_model
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
-UNCHECKED = ("verify",)
-"""Where small functions are called a hundred thousand times, and the checks of shapes would take most of the time."""
+UNCHECKED = ("verify", "flywheel")
+"""Where small functions are called a hundred thousand times, and the checks of shapes would take much of the time; the
+loops call what tests of training have called."""
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,6 +56,12 @@ def signals_are_left_as_they_were() -> Iterator[None]:
     before = [signal.getsignal(number) for number in SIGNALS]
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def pytest_collection_finish() -> None:
+    """What collecting made, and what was imported for it, stays: no look for garbage need walk through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import cache
 from typing import Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -52,13 +54,16 @@ def key_names(**sections: Iterable[str]) -> frozenset[str]:
     return frozenset(f"{section}.{key}" for section, keys in sections.items() for key in keys)
 
 
-def walk_keys(model: type[Section], prefix: str = "") -> Iterator[tuple[str, Any]]:
+@cache
+def walk_keys(model: type[Section]) -> tuple[tuple[str, Any], ...]:
     """Every key below `model` as (dotted key, pydantic FieldInfo), sections before their own keys."""
+    found: list[tuple[str, Any]] = []
     for name, info in model.model_fields.items():
-        yield prefix + name, info
+        found.append((name, info))
         inner = section_of(info.annotation)
         if inner is not None:
-            yield from walk_keys(inner, f"{prefix}{name}.")
+            found += [(f"{name}.{key}", below) for key, below in walk_keys(inner)]
+    return tuple(found)
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -127,6 +132,11 @@ def items_of(annotation: Any, value: Any) -> list[tuple[str, dict[str, Any], typ
 
 def defaults_of(model: type[Section]) -> dict[str, Any]:
     """Defaults as nested plain data, so that a section given in part keeps the defaults of this recipe."""
+    return copy.deepcopy(_defaults(model))
+
+
+@cache
+def _defaults(model: type[Section]) -> dict[str, Any]:
     out = {}
     for name, info in model.model_fields.items():
         if not info.is_required() and not info.default_factory_takes_validated_data:
@@ -134,7 +144,7 @@ def defaults_of(model: type[Section]) -> dict[str, Any]:
             out[name] = _plain(default) if isinstance(default, Section) else default
         elif (inner := section_of(info.annotation)) is not None:
             # A required section is begun empty, so that what is missing is told key by key.
-            out[name] = defaults_of(inner)
+            out[name] = _defaults(inner)
     return out
 
 
