@@ -35,8 +35,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 UNCHECKED = ("verify", "flywheel")
-"""Where small functions are called a hundred thousand times, and the checks of shapes would take much of the time; the
-loops call what tests of training have called."""
+"""Where small functions are called a hundred thousand times, and the checks of shapes would take much of the time:
+the flywheel calls what tests of training call."""
 
 
 @pytest.fixture(autouse=True, scope="module")

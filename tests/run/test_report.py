@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import random
@@ -10,6 +11,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from steersman.run.report.calibration import calibration_png
 from steersman.run.report.charts import Line, line_chart, running_mean, tick_texts
 from steersman.run.report.page import (
     charts,
@@ -56,6 +58,13 @@ def run(tmp_path):
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     (tmp_path / "config.yaml").write_text(f"model: '{EVIL}'\n")
     return tmp_path
+
+
+def test_the_picture_of_the_calibration_is_on_the_page(run):
+    assert "<img" not in write_report(run).read_text()
+    picture = calibration_png(run / "calibration.png", [0.6, 0.9], [0.5, 1.0], [3, 5], low=0.5, error=0.1)
+    (found,) = re.findall(r'<img alt="[^"<]+" src="data:image/png;base64,([^"]+)">', write_report(run).read_text())
+    assert base64.b64decode(found) == picture.read_bytes()
 
 
 def test_everything_that_is_there_is_shown_and_escaped(run):

@@ -5,6 +5,7 @@ Works for any verb: it shows the curves, samples and findings that are there.
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import math
@@ -154,12 +155,18 @@ def write_report(folder: Path) -> Path:
         charts=charts(metrics, looks=looks),
         unmoved=unmoved(metrics, looks=looks),
         drawn=installed("matplotlib"),
+        calibration=_base64(folder / "calibration.png"),
         pairs=[p for name in ("samples", "evaluation") for p in sample_pairs(_rows(folder / f"{name}.jsonl"))],
         config=config.read_text(encoding="utf-8") if config.exists() else "",
         show=_show,
     )
     write_atomic(folder / "report.html", page)
     return folder / "report.html"
+
+
+def _base64(picture: Path) -> str:
+    """The file as base64; empty where there is none."""
+    return base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else ""
 
 
 def _written_out(value: Any) -> Any:
