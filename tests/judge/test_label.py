@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
+
 import pytest
 from judge_server import serving
 from letter_models import rows_of, write_jsonl
 
+from steersman.api import load_recipe
 from steersman.data import DataConfig
 from steersman.data.load import preferences, rankings
 from steersman.judge.label import LabelRecipe, run
@@ -112,6 +116,31 @@ def test_a_judge_that_labels_nothing_says_why_and_where_its_replies_are(tmp_path
         judge = {"endpoint": {"url": server.url, "model": "m"}, "reward": {}, "on_unparsable": "drop"}
         with pytest.raises(SteersmanError, match=rf"none of 2 rows: {why}; its replies are in .*judge\.jsonl"):
             label(tmp_path, rows, judge=judge)
+
+
+def goes_away(n, text):
+    return "[[A]]" if n < 2 else (503, {}, "")
+
+
+def is_stopped(n, text):
+    if n == 1:
+        signal.raise_signal(signal.SIGTERM)
+    return "[[A]]"
+
+
+@pytest.mark.parametrize("trouble", [goes_away, is_stopped])
+def test_a_run_that_ends_while_it_judges_is_there_to_go_on_with(tmp_path, trouble):
+    """By its folder alone, as its message says: the recipe is there beside the replies."""
+    rows = [{"prompt": p, "first": "a b", "second": "c d"} for p in "pqr"]
+    endpoint = {"model": "m", "retries": 0, "concurrency": 1}
+    with serving(trouble) as server:
+        judge = {"endpoint": endpoint | {"url": server.url}, "reward": {}}
+        with suppress(SteersmanError, FileNotFoundError):  # there is no labelled.jsonl
+            label(tmp_path, rows, judge=judge, ties="keep")
+        server.behave = lambda n, text: "[[A]]"
+        recipe = load_recipe("judge", tmp_path / "run/config.yaml")
+        assert run(recipe, resume=True)["data/labelled"] == 3
+        assert len(set(server.seen)) == 6
 
 
 TALK = "\n\nHuman: Hi\n\nAssistant: "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -55,11 +58,23 @@ def test_a_list_a_tuple_an_array_and_a_tensor_are_scores(kind):
     [
         (3.0, r"over gave float; give steersman\.metrics\.Corpus\(value, low, high, count\)"),
         (Corpus(float("nan"), 0.0, 0.0, 1), "the value over 2 texts is nan, not a finite number"),
+        (Corpus(None, 0.0, 1.0, 1), "over gave a Corpus whose value is None; give a number"),
+        (Corpus(0.5, None, None, 1), "over gave a Corpus whose low is None; give a number, and NaN for low"),
+        (Corpus(0.5, 0.0, "1", 1), "over gave a Corpus whose high is '1'"),
+        (Corpus(torch.ones(2), 0.0, 1.0, 1), "over gave a Corpus whose value is tensor"),
+        (Corpus(0.5, 0.0, 1.0, None), "over gave a Corpus whose count is None"),
     ],
 )
 def test_the_value_of_a_set_is_a_corpus_with_a_finite_value(over, said):
     with pytest.raises(SteersmanError, match=f"metric 'own': {said}"):
         giving(over=over).corpus(["a", "b"])
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_the_numbers_of_a_set_come_as_plain_floats(kind):
+    found = giving(over=Corpus(kind(0.5), kind(0.25), kind(0.75), np.int64(2))).corpus(["a", "b"])
+    assert found == Corpus(0.5, 0.25, 0.75, 2)
+    assert json.loads(json.dumps(asdict(found)))["high"] == 0.75
 
 
 OWN = """
@@ -76,6 +91,9 @@ class Smaller(Base):
 
 class Word(Base):
     needs = "references"
+
+def counted(texts):
+    return [len(text) for text in texts]
 """
 
 
@@ -86,5 +104,7 @@ def test_what_a_class_says_of_itself_is_checked(tmp_path):
         metric(f"{path}:Smaller")
     with pytest.raises(SteersmanError, match="needs is 'references'; give a tuple of names"):
         metric(f"{path}:Word")
+    with pytest.raises(SteersmanError, match="setting texts; it is a function, and a metric is a subclass of"):
+        metric(f"{path}:counted")
     with pytest.raises(SteersmanError, match="rows gave dict"):
         Parallel(f"{path}:Base", workers=1).score(["a", "b"])

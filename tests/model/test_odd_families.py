@@ -36,7 +36,7 @@ def test_a_router_that_gives_indices_too_carries_no_adapter_and_its_loss_is_said
     assert trained
     assert not any("router" in name for name in trained)
     assert torch.isfinite(policy.logp(Tokens.from_ids([[5, 6]], [[7, 8]])).logp).all()
-    assert any("router_aux_loss_coef" in note for note in policy.notes)
+    assert any("router_aux_loss_coef" in note and "train.router_loss" in note for note in policy.notes)
 
 
 def test_a_linear_layer_of_a_family_s_own_that_is_a_plain_product_carries_adapters(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -154,7 +155,10 @@ def test_pages_come_while_many_wait_for_a_model(tmp_path):
         page = client.get("/chat")
         csrf = page.text.split('name="csrf" value="')[1].split('"')[0]
         chats = [client.post("/chat", data={"csrf": csrf}).url.path for _ in range(50)]
-        waiting = [pool.submit(client.post, f"{c}/say", data={"csrf": csrf, "text": "hello"}) for c in chats]
+        waiting = [
+            pool.submit(client.post, f"{c}/say", data={"csrf": csrf, "key": str(uuid.uuid4()), "text": "hello"})
+            for c in chats
+        ]
         for _ in chats:
             assert begun.acquire(timeout=60)
         assert client.get("/").status_code == 200

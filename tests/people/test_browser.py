@@ -391,3 +391,40 @@ def test_every_page_is_accessible_and_fits_a_phone(chromium, address, store, wid
         assert page.evaluate("document.documentElement.scrollWidth") <= width, path
         assert page.title() == "Judge answers"
     page.context.close()
+
+
+def test_a_message_whose_answer_was_lost_is_said_once(page, store):
+    """Its request is stored, and the connection goes before the page is told."""
+    say_hello(page)
+    page.route("**/say", lambda route: (route.fetch(max_redirects=0), route.abort()))
+    page.locator("#text").fill("tell me more")
+    settled(page).keyboard.press("Control+Enter")
+    page.get_by_text("send it again").wait_for()
+    page.unroute("**/say")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("You said: tell me more").wait_for()
+    said = [text.strip() for text in page.locator(".turn .text").all_inner_texts()]
+    assert said == ["hello", "You said: hello", "tell me more", "You said: tell me more"]
+    assert settled(page).locator("#text").input_value() == ""
+
+
+def test_what_is_typed_outlives_a_thumb_and_undo_but_not_its_own_form(page, store, address):
+    say_hello(page)
+    message, better = page.locator("#text"), page.locator("form.thumb textarea")
+    message.fill("a long message")
+    page.locator("form.thumb summary").click()
+    better.fill("a better one")
+    settled(page).get_by_role("button", name="Good answer").click()
+    page.locator('button[aria-pressed="true"]').wait_for()
+    assert (message.input_value(), better.input_value()) == ("a long message", "a better one")
+    message.fill("a longer message")
+    settled(page).get_by_role("button", name="Undo last").click()
+    page.get_by_text("is taken back").wait_for()
+    assert message.input_value() == "a longer message"
+    assert better.input_value() == ""  # the store has taken it back with its thumb
+    settled(page)
+    message.press("Control+Enter")
+    page.get_by_text("You said: a longer message").wait_for()
+    page.goto("/")
+    page.go_back()
+    assert settled(page).locator("#text").input_value() == ""

@@ -344,6 +344,24 @@ def test_a_message_that_is_sent_twice_at_once_is_compared_once(store):
     assert len(texts(page)) == 2
 
 
+def test_a_form_that_is_sent_again_says_its_message_once(store):
+    """As where its answer was lost on the way: it has the same key. Another text under it is another message."""
+    model = Scripted("m", ["one", "two", "three"])
+    client = browser(store, answerers=[model])
+    page = send(client, client.get("/chat"), "/chat")
+    at = str(page.url.path)
+    said = {**form_of(page), "text": "Q1"}
+    for _ in range(2):
+        assert texts(client.post(f"{at}/say", data=said)) == ["Q1", "one"]
+    page = client.post(f"{at}/say", data={**said, "text": "Q2"})
+    assert texts(page) == ["Q1", "one", "Q2", "two"]
+    edit = re.findall(rf'action="({at}/edit/[^"]+)"', page.text)[1]
+    said = {**form_of(page), "text": "Q3"}
+    for _ in range(2):
+        assert texts(client.post(edit, data=said)) == ["Q1", "one", "Q3", "three"]
+    assert turns_of(store) == ["Q1", "one", "Q2", "two", "Q3", "three"]
+
+
 def test_lines_of_a_correction_end_as_in_every_other_text(store):
     of = queue(store, "review", [NewItem("q", [TurnText("bad")])])
     client = browser(store, answerers=[Scripted("m", ["hm"])])

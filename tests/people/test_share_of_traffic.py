@@ -47,7 +47,7 @@ def thumb(client: TestClient, name: str) -> str:
     client.post("/name", data={"csrf": token, "name": name})
     token = csrf(client.get("/chat").text)
     chat = client.post("/chat", data={"csrf": token}).url.path
-    page = client.post(f"{chat}/say", data={"csrf": token, "text": "oh"})
+    page = client.post(f"{chat}/say", data={"csrf": token, "key": str(uuid.uuid4()), "text": "oh"})
     action = re.findall(r'action="(/chat/[^"]+/thumb/[^"]+)"', page.text)[0]
     after = client.post(action, data={"csrf": token, "key": str(uuid.uuid4()), "up": "1"})
     return page.text + after.text + str(page.headers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +17,7 @@ from pydantic import ValidationError
 from sqlalchemy import func, select
 
 from steersman.people.collect.verb import CollectRecipe, QueueConfig, fill
-from steersman.people.store import database, open_store
+from steersman.people.store import database, open_store, raters
 from steersman.people.store.assignments import (
     Coverage,
     Progress,
@@ -639,3 +640,15 @@ def test_a_file_that_is_no_database_is_refused(tmp_path):
     with pytest.raises(SteersmanError, match="there is no such store"):
         open_store(tmp_path / "y.db", create=False)
     assert store_url(tmp_path / "z.db").database.endswith("z.db")
+
+
+@pytest.mark.parametrize(("ahead", "lasts"), [(3600, True), (365 * 24 * 3600, False)])
+def test_a_login_that_a_clock_far_ahead_gave_does_not_outlast_others(store, monkeypatch, ahead, lasts):
+    ada = rater(store, "Ada", password="a hash")
+    with store.begin() as session:
+        with monkeypatch.context() as patch:
+            patch.setattr(raters, "now", lambda: time.time() + ahead)
+            token = log_in(session, ada)
+            assert visitor(session, token) is not None
+        assert (visitor(session, token) is not None) is lasts
+        assert visitor(session, log_in(session, ada)) is not None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from steersman.jsonl import read_jsonl
-from steersman.run.console import new_console
+from steersman.run.console import duration_text, new_console
+from steersman.run.files import log as log_file
 from steersman.run.files.log import Log
 from steersman.run.health.watch import Finding
 from steersman.types import SteersmanError
@@ -73,6 +75,16 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path):
     assert lines[0].endswith("left")
     assert lines[1] == "PPO 10/10  reward 0.25  kl 3.333"
     assert lines[2] == "warning at step 10: too far [bold]"
+
+
+def test_the_look_before_the_first_step_is_no_step_of_those_that_are_left(tmp_path, monkeypatch):
+    clock = iter([0.0, 600.0, 600.0, 601.0, 601.0])
+    monkeypatch.setattr(log_file, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    out = io.StringIO()
+    with log(tmp_path, total=1001, console=new_console(file=out, width=200)) as run:
+        run.step(0, {"kl": 0.0})
+        run.step(1, {"kl": 0.0})
+    assert out.getvalue().splitlines()[-1].endswith(f"{duration_text(1000)} left")
 
 
 def test_a_verb_without_steps_tells_what_it_counted(tmp_path):

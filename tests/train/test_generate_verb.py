@@ -215,6 +215,23 @@ def test_the_same_call_goes_on_where_an_earlier_one_was_ended(cut_short, tmp_pat
     assert len(rows(whole)) == 80
 
 
+@pytest.mark.parametrize("whole_pieces", [0, 2])
+def test_a_server_that_is_gone_does_not_hide_where_the_responses_are(many, monkeypatch, capsys, whole_pieces):
+    real, calls = generate.sample_on_all_ranks, []
+
+    def gone(*args, **how):
+        calls.append(1)
+        if len(calls) > whole_pieces:
+            raise SteersmanError("the server is gone")
+        return real(*args, **how)
+
+    monkeypatch.setattr(generate, "sample_on_all_ranks", gone)
+    assert main(many) == 2
+    told = capsys.readouterr().err
+    assert "the server is gone" in told
+    assert ("out.jsonl.parts; the same command goes on from there" in told) == bool(whole_pieces)
+
+
 def test_where_samples_are_made_may_change_when_a_call_goes_on(cut_short, tmp_path, monkeypatch):
     again = asked(monkeypatch)
     assert main([*cut_short, "--rollout.max_batch", "8"]) == 0

@@ -19,6 +19,11 @@ from train_kit import merge, prompts_file, save_tiny, settings, weights
 pytestmark = pytest.mark.slow
 ON_POLICY = ("ppo", "trpo", "nlpo", "a2c", "reinforce", "rloo", "remax", "grpo", "dapo", "gspo", "ppo-kl")
 OFFLINE = ("sft", "reward", "dpo", "kto", "bco")
+MIXTURE = {
+    "model_type": "mixtral", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4, "initializer_range": 0.5,
+    "experts_implementation": "eager",  # which takes float64
+}  # fmt: skip
 EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "ppo-shared-critic": ("ppo", {"critic.init": "shared"}),
     "ppo-reward-model": ("ppo", {"reward.parts": {"judge": {"model": "its folder"}}}),
@@ -51,6 +56,15 @@ EXTRA: dict[str, tuple[str, dict[str, Any]]] = {
     "sft-cache": ("sft", {"data.cache": "its folder"}),
     "reward-cache": ("reward", {"data.cache": "its folder", "run.micro_tokens": 40}),
     "sft-packed": ("sft", {"train.pack": 48}),
+    "sft-routers": (  # each row is a micro-batch, of which the routers' loss is
+        "sft",
+        {
+            "model.scratch": MIXTURE,
+            "train.router_loss": 0.5,
+            "run.micro_tokens": 1,
+            "model.gradient_checkpointing": True,
+        },
+    ),
     "reward-lora": ("reward", {"model.lora": {"r": 2}}),
     "ppo-t5": ("ppo", {"model.path": "t5"}),
     "grpo-bart": ("grpo", {"model.path": "bart"}),

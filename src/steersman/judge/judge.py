@@ -300,8 +300,9 @@ class Judge:
     def _kept(self, keys: Any) -> str:
         keys = list(keys)
         done = sum(k in self.cache for k in keys)
+        told = f"{done:,} of {len(keys):,} questions are answered"
         where = f" in {self.cache.path}; run again with --resume to go on from there" if self.cache.path else ""
-        return f"{done:,} of {len(keys):,} questions are answered and kept{where}"
+        return f"{told} and kept{where}" if done else told
 
     def _text(self, asked: Question) -> str:
         low, high = self.config.scale

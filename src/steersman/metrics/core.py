@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -110,7 +112,7 @@ class Scorer(ABC):
 
     Raises SteersmanError naming the metric, and the row where there is one: a need that is not given, lists of
     different lengths, a lone surrogate, an empty reference, an empty text that has no score, a score that is not
-    finite.
+    finite, a value of the whole set that is no finite number.
     """
 
     name: str = ""
@@ -164,11 +166,27 @@ class Scorer(ABC):
                 f"metric '{self.name}': over gave {type(found).__name__}; give steersman.metrics.Corpus(value, low, "
                 "high, count), with NaN for low and high where there is no interval"
             )
-        if not math.isfinite(found.value):
+        if not isinstance(found.count, Integral):
             raise SteersmanError(
-                f"metric '{self.name}': the value over {len(batch.texts)} texts is {found.value}, not a finite number"
+                f"metric '{self.name}': over gave a Corpus whose count is {found.count!r}; give the number of texts"
             )
-        return found
+        value, low = self._plain("value", found.value), self._plain("low", found.low)
+        plain = Corpus(value, low, self._plain("high", found.high), int(found.count))
+        if not math.isfinite(plain.value):
+            raise SteersmanError(
+                f"metric '{self.name}': the value over {len(batch.texts)} texts is {plain.value}, not a finite number"
+            )
+        return plain
+
+    def _plain(self, key: str, number: Any) -> float:
+        """A number of a `Corpus` as a float; arrays and tensors of one number are numbers too."""
+        if not isinstance(number, str):
+            with contextlib.suppress(TypeError, ValueError, RuntimeError):
+                return float(number)
+        raise SteersmanError(
+            f"metric '{self.name}': over gave a Corpus whose {key} is {number!r}; give a number, and NaN for low and "
+            "high where there is no interval"
+        )
 
     def over(self, batch: MetricInput) -> Corpus:
         """The value of a checked batch with its interval: the mean of its scores, unless a metric says otherwise."""

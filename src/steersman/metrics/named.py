@@ -114,7 +114,9 @@ def _checked(name: str, factory: Callable[..., Metric], given: Mapping[str, Any]
             raise SteersmanError(f"metric '{name}': it has no setting '{key}'; it has: {', '.join(known) or 'none'}")
     missing = [k for k, p in known.items() if p.default is p.empty and k not in given]
     if missing:
-        raise SteersmanError(f"metric '{name}': it needs the setting {' and '.join(missing)}")
+        plain = "; it is a function, and a metric is a subclass of steersman.metrics.Scorer"
+        hint = plain if inspect.isfunction(factory) and name not in METRICS else ""
+        raise SteersmanError(f"metric '{name}': it needs the setting {' and '.join(missing)}{hint}")
     hints = get_type_hints(factory.func if isinstance(factory, partial) else factory)
     out = dict(given)
     for key in given.keys() & hints.keys():

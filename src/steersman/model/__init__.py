@@ -11,6 +11,7 @@ from steersman.model.lora import LoraConfig
 from steersman.model.meaning import Meaning, step_ends
 from steersman.model.offload import at_hand, bytes_to_come, keep_away
 from steersman.model.policy import Logp, Policy
+from steersman.model.routers import Routers
 from steersman.model.save import save
 from steersman.model.scalar import Headed, ScalarModel, SharedCritic
 from steersman.model.scratch import fresh_policy
@@ -34,6 +35,7 @@ __all__ = [
     "LoraConfig",
     "Meaning",
     "Policy",
+    "Routers",
     "ScalarModel",
     "Shape",
     "SharedBase",

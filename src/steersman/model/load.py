@@ -22,6 +22,7 @@ from steersman.model.lora import LoraConfig, load_lora
 from steersman.model.meaning import Meaning
 from steersman.model.policy import Policy
 from steersman.model.quantise import Quantise
+from steersman.model.routers import require_routers
 from steersman.model.scalar import ScalarModel, fresh_head, require_outputs
 from steersman.model.source import (
     Loading,
@@ -62,6 +63,7 @@ def load_policy(
     pack: int | None = None,
     trust_remote_code: bool = False,
     quantise: Quantise = "none",
+    routers: bool = False,
 ) -> Policy:
     """A language model, causal or encoder-decoder, and its tokenizer, as a policy.
 
@@ -70,7 +72,8 @@ def load_policy(
     of sampling (the first ratio is 1). `quantise` keeps the linear layers
     of a frozen base in 4 or 8 bits. A folder of saved adapters loads them on the model they name, with the tokenizer
     beside them where there is one; of `lora` dropout alone then acts. What was found or changed is in the policy's
-    `notes`. Python code in the folder is run with `trust_remote_code` alone.
+    `notes`. Python code in the folder is run with `trust_remote_code` alone. With `routers` it must be a mixture of
+    experts whose routers can be watched (`Policy.watch_routers`).
 
     Raises SteersmanError if there is nothing at the path, it is no language model that writes (a reward model or
     critic is none), weights are missing, the tokenizer is missing, has no end token or has more ids than the model
@@ -85,6 +88,8 @@ def load_policy(
     config = read_config(base.source, base.local, notes, trust=base.trust)
     stored = stored_dtype(config)
     _require_writer(base, config)
+    if routers:
+        require_routers(base.source, config)
     if dtype == "float16" and config.model_type in BFLOAT16_FAMILIES:
         notes.append(
             f"{base.source}: {config.model_type} models are known to overflow in float16; use bfloat16 or float32"
@@ -97,7 +102,7 @@ def load_policy(
     require_complete(base.source, model, info)
     require_vocabulary(speaks.source, tokenizer, model)
     policy = Policy(model, tokenizer, pack=pack)
-    policy.notes, policy.stored_dtype = [*notes, *router_notes(base.source, config)], stored
+    policy.notes, policy.stored_dtype = notes + ([] if routers else router_notes(base.source, config)), stored
     if told is not None:
         policy.register_adapters(load_lora(model, what.source, trainable=trainable))
         policy.starts_adapted = True

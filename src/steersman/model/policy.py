@@ -18,8 +18,9 @@ from steersman.model.encoder_decoder import is_pair, output_bias, pair_reader, p
 from steersman.model.fast.fused import quicken
 from steersman.model.layout import in_groups, response_slots, spread
 from steersman.model.lora import LoraConfig, add_lora, go_on, tie_notes
-from steersman.model.probe import device_of, naming_family, packs_exactly, probe_causal, probe_ids
+from steersman.model.probe import device_of, model_name, naming_family, packs_exactly, probe_causal, probe_ids
 from steersman.model.reader import CausalReader, Reader
+from steersman.model.routers import Routers
 from steersman.ops.logprob import Head, Support, linear_logp
 from steersman.types import SteersmanError, Tokens, send
 
@@ -67,6 +68,7 @@ class Policy(nn.Module):
         self.notes: list[str] = []
         self.stored_dtype: torch.dtype | None = None
         self.starts_adapted = False
+        self.routers: Routers | None = None
         self.reader: Reader
         with naming_family(model):
             if is_pair(model):
@@ -114,6 +116,22 @@ class Policy(nn.Module):
     def has_adapters(self) -> bool:
         """Whether it has adapters."""
         return self.adapters is not None
+
+    def watch_routers(self) -> Routers:
+        """Its routers, as `routers` from now on, to which its reads are open.
+
+        Raises SteersmanError where it has none that can be read, or nothing that is trained leads to one."""
+        self.routers = routers = Routers(model_name(self.model), self.model)
+        self.reader.listen_to(routers)
+        with torch.enable_grad(), routers.listening():
+            self.hidden(Tokens.from_ids([[0, 1]], [[2]]))
+            balance = routers.loss()
+        if not balance.requires_grad:
+            raise SteersmanError(
+                f"train.router_loss: nothing that is trained in {model_name(self.model)} leads to a router, so it "
+                "would change nothing; let model.lora.targets name layers before a router (or routers), or remove it"
+            )
+        return routers
 
     def write_adapters(self, folder: Path) -> None:
         """Writes the adapters, and what is trained whole beside them, as peft loads them. All ranks call it, and

@@ -38,7 +38,8 @@ from steersman.model.layout import (
     response_slots,
 )
 from steersman.model.probe import device_of
-from steersman.types import Tokens, send
+from steersman.model.routers import Routers
+from steersman.types import SteersmanError, Tokens, send
 
 
 class Reader(Protocol):
@@ -62,6 +63,10 @@ class Reader(Protocol):
         equally often."""
         ...
 
+    def listen_to(self, routers: Routers) -> None:
+        """From now on the model's routers are listened to in each read that counts for them."""
+        ...
+
 
 @dataclass(slots=True)
 class CausalReader:
@@ -83,6 +88,8 @@ class CausalReader:
     """Whether the trunk runs once in each call."""
     feed_forward: nn.Module | bool | None = None
     """What is done only where states are read (`model.narrow`), False where nothing can be; found out likewise."""
+    routers: Routers | None = None
+    """What the trunk's routers say is kept here; each row's tokens then count, and none is left out or shared."""
 
     @property
     def start(self) -> tuple[int, ...]:
@@ -90,6 +97,9 @@ class CausalReader:
 
     def run_once_per_call(self) -> None:
         self.single = True
+
+    def listen_to(self, routers: Routers) -> None:
+        self.routers = routers
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         parts = self._parts(tokens, extra)
@@ -128,7 +138,7 @@ class CausalReader:
             return [(torch.arange(len(tokens)), *self._states(tokens, join(tokens), extra))]
         cost = call_cost(device_of(self.trunk))
         apart = len(tokens) > 1 and self._keeps_apart(tokens)
-        if len(tokens) > 1:
+        if len(tokens) > 1 and not self._listens():
             first, which = shared_prompts(tokens)
             saves = saved_apart(tokens, first) > 0 if apart else saved_tokens(tokens, first) > cost
             if saves and self._can_share(apart):
@@ -149,8 +159,21 @@ class CausalReader:
         else:
             column = torch.arange(tokens.response.shape[1] + extra)
             places = (first[:, None] + column)[response_slots(tokens, extra)]
+        if self._listens():
+            return self._listened(tokens, layout), first
         with narrowed(self._part(), send(places, device_of(self.trunk)), layout.ids.numel()):
             return states(self.trunk, layout), first
+
+    def _listens(self) -> bool:
+        return self.routers is not None and self.routers.listens
+
+    def _listened(self, tokens: Tokens, layout: Layout) -> Tensor:
+        """The states, where every token of every row counts for the routers."""
+        assert self.routers is not None
+        column = torch.arange(int(tokens.length.max()))
+        real = (layout.start[:, None] + column)[column < tokens.length[:, None]]
+        with self.routers.reading(send(real, device_of(self.trunk)), layout.ids.numel()):
+            return states(self.trunk, layout)
 
     def _part(self) -> nn.Module | None:
         """The last layer's feed-forward part, where it may be narrowed."""
@@ -195,6 +218,9 @@ class EncoderDecoderReader:
 
     def run_once_per_call(self) -> None:
         return None
+
+    def listen_to(self, routers: Routers) -> None:
+        raise SteersmanError("the routers of an encoder-decoder are not read")
 
     def hidden(self, tokens: Tokens, extra: int = 0) -> Float[Tensor, "N H"]:
         found = self._states(tokens, extra)

@@ -156,7 +156,7 @@ def require_family(source: str, config: Any) -> None:
 
 
 def router_notes(source: str, config: Any) -> list[str]:
-    """What to say of a mixture of experts whose router was trained to spread its tokens: no objective here does."""
+    """What to say of a mixture of experts whose router was trained to spread its tokens, where no objective does."""
     text = config.get_text_config(decoder=True)
     counts = (getattr(text, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
     experts = max((n for n in counts if isinstance(n, int)), default=0)
@@ -165,7 +165,7 @@ def router_notes(source: str, config: Any) -> list[str]:
         return []
     return [
         f"{source}: its router balances {experts} experts by a loss of weight {weight:g} (router_aux_loss_coef), "
-        "which is not part of the objective here; with LoRA the router stays as it is"
+        "which is not part of the objective here; in sft, dpo, kto and bco train.router_loss adds it"
     ]
 
 

@@ -6,10 +6,11 @@ The store, a file, or a program of one's own gives them: whatever iterates over 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -82,7 +83,8 @@ class JudgementFiles:
     A row has `user`, `prompt` (text or turns), and `answers` (two) with `choice` (first, second, tie, both_bad), or
     `completion` with `label` (a thumb); and it may have `id`, `time` (ISO 8601 or seconds), `models` (or `model`),
     `reasons`, `correction`, `seconds`, `expected`, `sides` and `cut`. A row without `time` is as late as the row
-    before it (files go by their names). The same id twice is one judgement.
+    before it (files go by their names). The same id twice is one judgement; a row without one goes by its file's path
+    below the folder, or the file's name, and its number, from wherever it is read.
 
     Raises SteersmanError (file, row, field) at a row that is none of these, or skips and counts it if `bad` says so.
     """
@@ -94,16 +96,25 @@ class JudgementFiles:
         if local_files(self.path) is None:
             raise SteersmanError(f"{self.path}: there is no file or folder of judgements")
         found: dict[str, Judgement] = {}
-        before = 0.0
+        before, base = 0.0, _base(self.path)
         for row in read_rows(self.path, self.bad):
             try:
                 one = judgement(row, before)
+                if row.data.get("id") in (None, ""):
+                    one = replace(one, id=f"{os.path.relpath(row.file, base)}:{row.number}")
             except RowError as error:
                 self.bad.add(error)
                 continue
             before = one.time
             found.setdefault(one.id, one)
         yield from in_order(found.values())
+
+
+def _base(place: str | Path) -> Path:
+    """The folder that files' names go from: of a pattern the one that no wildcard is in."""
+    path = Path(place).expanduser()
+    fixed = Path(*takewhile(lambda part: not set(part) & set("*?["), path.parts))
+    return path if path.is_dir() else path.parent if fixed == path else fixed
 
 
 def in_order(rows: Iterable[Judgement]) -> list[Judgement]:

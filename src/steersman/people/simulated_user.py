@@ -18,6 +18,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from rich.table import Table
 
+from steersman.config.dump import changed_keys
 from steersman.config.sections import Section, key_names
 from steersman.data.examples import Message, user
 from steersman.guards.terminal import printable
@@ -33,6 +34,9 @@ from steersman.run.run_config import STEPS_ONLY, RunConfig
 from steersman.statistics.estimates import Estimate, share
 from steersman.statistics.ratings import Battle, ratings
 from steersman.types import Progress, Stats, SteersmanError
+
+HANDLING = frozenset({"url", "key_env", "timeout", "retries", "max_wait", "concurrency", "batch", "device"})
+"""Keys of a speaker that say how it is reached, and not what it says."""
 
 
 class Persona(Section):
@@ -97,6 +101,7 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
     """Lets them talk, judges, and prints the table with how far the judge agrees with people."""
     people = [] if recipe.human.folder is None else list(open_judgements(recipe.human.folder))
     with Ledger("simulate-users", recipe, resume=resume, rounds=0) as ledger:
+        _require_same(ledger, recipe)
         judge = open_judge(recipe.judge, ledger.path, stopping=lambda: bool(ledger.signal), device=ledger.device)
         judge.needs([])  # conversations are no rows of data: a reward that needs a column is refused
         opened = {"user": recipe.user} | {f"candidates.{name}": one for name, one in recipe.candidates.items()}
@@ -104,7 +109,8 @@ def run(recipe: SimulateRecipe, *, resume: bool = False) -> dict[str, Any]:
         talks = {name: _conversations(ledger, recipe, name, talkers) for name in recipe.candidates}
         talkers["user"].release()
         met = _met(talks)
-        battles = ledger.table("battles", lambda: _battles(recipe, judge, met), made_from=_sources(ledger, recipe))
+        about = {"made_from": _sources(ledger, recipe), **_about_battles(recipe)}
+        battles = ledger.table("battles", lambda: _battles(recipe, judge, met), **about)
         agrees = agreement(judge, people, needed=recipe.human.needed)
         ledger.table("agreement", lambda: [{"said": str(agrees), "items": agrees.items}])
         if not battles:
@@ -181,13 +187,45 @@ def _conversations(ledger: Ledger, recipe: SimulateRecipe, name: str, talkers: d
             for i, talk in enumerate(talks)
         ]
 
-    about = {
-        "candidate": name, "user": recipe.user.path or "an endpoint", "turns": recipe.turns,
-        "conversations": recipe.conversations, "seeds_from": recipe.run.seed * 1000,
-    }  # fmt: skip
-    rows = ledger.parts(f"conversations-{name}", len(recipe.personas), make, **about)
+    rows = ledger.parts(f"conversations-{name}", len(recipe.personas), make, **_about_talks(recipe, name))
     candidate.release()
     return rows
+
+
+def _about_talks(recipe: SimulateRecipe, name: str) -> dict[str, Any]:
+    """What a candidate's conversations are made from."""
+    speakers = {"candidate": recipe.candidates[name], "user": recipe.user}
+    return {
+        "candidate": name, "user": recipe.user.path or "an endpoint", "turns": recipe.turns,
+        "conversations": recipe.conversations, "seeds_from": recipe.run.seed * 1000,
+        "speakers": {who: _said_of(one.model_dump(mode="json")) for who, one in speakers.items()},
+        "personas": {who: one.model_dump(mode="json") for who, one in recipe.personas.items()},
+    }  # fmt: skip
+
+
+def _about_battles(recipe: SimulateRecipe) -> dict[str, Any]:
+    budget = {"max_calls", "max_tokens", "on_budget", "cache"}
+    judge = _said_of(recipe.judge.model_dump(mode="json", exclude=budget))
+    return {"candidates": list(recipe.candidates), "judge": judge}
+
+
+def _said_of(section: dict[str, Any]) -> dict[str, Any]:
+    """A speaker's settings without those that change nothing of what is said."""
+    return {k: _said_of(v) if isinstance(v, dict) else v for k, v in section.items() if k not in HANDLING}
+
+
+def _require_same(ledger: Ledger, recipe: SimulateRecipe) -> None:
+    """Raises SteersmanError where a table that is there was made from other settings: the verdict would be of these,
+    and stand beside what the recipe says now."""
+    tables = {f"conversations-{name}": _about_talks(recipe, name) for name in recipe.candidates}
+    for name, about in {**tables, "battles": _about_battles(recipe)}.items():
+        made = ledger.provenance(name)
+        changes = changed_keys({k: made[k] for k in about if k in made}, {k: about[k] for k in about if k in made})
+        if changes:
+            raise SteersmanError(
+                f"{ledger.path / name}.jsonl was made with other settings ({'; '.join(changes[:3])}): put them back, "
+                "or begin anew with another --run.dir"
+            )
 
 
 def _sources(ledger: Ledger, recipe: SimulateRecipe) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
+from collections import Counter, deque
 from collections.abc import Iterator
+from pathlib import Path
 
 from sqlalchemy import select
 
 from steersman.data import BadRows
+from steersman.data.read import local_files
 from steersman.people.judgements import Choice, Judgement, JudgementFiles, Judgements, in_order
 from steersman.people.store.database import read_store
 from steersman.people.store.opinions import ModelName, Opinion, everything, newest_thumbs
@@ -40,6 +43,22 @@ class StoredJudgements:
 def open_judgements(place: str, bad: BadRows | None = None) -> Judgements:
     """The judgements of a file or folder, or of a store (`sqlite:///FILE`, `postgresql://HOST/NAME`)."""
     return StoredJudgements(place) if "://" in place else JudgementFiles(place, bad)
+
+
+def half_written(place: str) -> Path | None:
+    """The first JSONL file of a file or folder whose last line has no line end yet and is no whole JSON."""
+    for file in local_files(place) or []:
+        last = b"\n"
+        if file.name.lower().endswith((".jsonl", ".ndjson")):
+            with file.open("rb") as lines:
+                last = next(iter(deque(lines, maxlen=1)), last)
+        try:
+            whole = last.endswith(b"\n") or json.loads(last) is not None
+        except ValueError:
+            whole = False
+        if not whole:
+            return file
+    return None
 
 
 def _counts(one: Opinion) -> bool:

@@ -40,11 +40,14 @@ def policy_from(
     pack: int | None = None,
     adapt: bool = True,
     whole: bool = False,
+    routers: bool = False,
 ) -> Policy:
     """The section's causal model; frozen and without adapters where it is not `trainable`, and still without them
-    where the caller is to `adapt` it. A `whole` one is not laid in pieces, whatever `parallel.mode` says.
+    where the caller is to `adapt` it. A `whole` one is not laid in pieces, whatever `parallel.mode` says. With
+    `routers` those of a mixture of experts are watched (`Policy.watch_routers`).
 
-    Raises SteersmanError where a quantised model would have to be trained itself.
+    Raises SteersmanError where a quantised model would have to be trained itself, and with `routers` where there are
+    none; before weights are read.
     """
     dtype = _dtype(config, device)
     if config.scratch is not None and trainable:
@@ -64,11 +67,11 @@ def policy_from(
         policy = load_policy(
             config.path, dtype=dtype, device=device, attention=config.attention,
             lora=lora if adapt else None, trainable=trainable, pack=pack,
-            trust_remote_code=config.trust_remote_code, quantise=config.quantise,
+            trust_remote_code=config.trust_remote_code, quantise=config.quantise, routers=routers,
         )  # fmt: skip
         if trainable:
             _require_adapters(policy, config)
-    _prepare(policy, config, run, trainable, whole)
+    _prepare(policy, config, run, trainable, whole, routers=routers)
     return policy
 
 
@@ -189,7 +192,15 @@ def _dtype(config: ModelConfig, device: torch.device) -> str:
     return str(resolve_dtype(config.dtype, device)).removeprefix("torch.")
 
 
-def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: bool, whole: bool = False) -> None:
+def _prepare(
+    model: nn.Module,
+    config: ModelConfig,
+    run: RunConfig,
+    trainable: bool,
+    whole: bool = False,
+    *,
+    routers: bool = False,
+) -> None:
     module: Any = model
     module.max_tokens = run.micro_tokens
     if config.gradient_checkpointing and trainable:
@@ -200,5 +211,7 @@ def _prepare(model: nn.Module, config: ModelConfig, run: RunConfig, trainable: b
             )
         there = device_of(module.model) if config.offload_activations else None
         checkpoint_activations(module.model, away_from=there)
+    if routers:
+        module.watch_routers()  # with layers checkpointed as in training, and while its weights are whole
     if not whole:
         place(module)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from steersman.update.optimizer import OptimizerConfig, not_finite
 
 if TYPE_CHECKING:
     from steersman.train.moving import MovingCopy
+    from steersman.train.routers import RouterBalance
 
 
 class OfflineConfig(Section):
@@ -60,6 +62,16 @@ class PackedOfflineConfig(OfflineConfig):
         default=0,
         ge=0,
         description="put several sequences into rows of so many tokens, kept apart by position; 0 is off",
+    )
+    router_loss: float | None = Field(
+        default=None,
+        gt=0,
+        description="mixtures of experts: weight of the loss that keeps experts in equal use (arXiv 2101.03961, "
+        "eq. 4-6), added to the loss; null: it is not. router_aux_loss_coef in the model's config.json is the weight "
+        "that its makers chose. It is measured in each micro-batch, over all tokens of prompts and answers (a prompt "
+        "counts with each answer, padding never), and weighed by the micro-batch's share of the batch. metrics.jsonl "
+        "tells it as router_loss, without the weight, and loss without it. With model.lora it changes what routers "
+        "read, and the routers themselves only where lora.targets names them",
     )
 
 
@@ -121,6 +133,7 @@ class Offline:
         self.beside: Callable[[], Stats] = dict  # what else a look measures
         self.prepare: Callable[[Sequence[int]], None] = _nothing  # what the objective must know of those rows
         self.moving: MovingCopy | None = None  # what follows the weights, such as a reference
+        self.balance: RouterBalance | None = None  # what is added for a mixture's routers
         self.whole = True
         self.optimizer = model_optimizer(objective.module, optimizer, self.total)
 
@@ -156,7 +169,10 @@ class Offline:
         denominator, index = self.objective.denominator(rows), torch.tensor(rows)
         losses = []
         for part in my_micro_batches(cost, self.micro_tokens):
-            loss = self.objective.loss(index[part.rows].tolist(), denominator, tally if part.counts else Tally())
+            told = tally if part.counts else Tally()
+            run = partial(self.objective.loss, index[part.rows].tolist(), denominator, told)
+            share = float(cost[part.rows].sum()) / float(cost.sum())
+            loss = run() if self.balance is None else self.balance.with_loss(run, share, told)
             (loss * part.weight).backward()
             losses.append({"loss": loss.detach()})
         ranks().agree(not_finite(losses))

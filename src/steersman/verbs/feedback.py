@@ -16,13 +16,12 @@ from steersman.loss.offline import LOSSES
 from steersman.model import context_length
 from steersman.objectives.feedback import BCOConfig, FeedbackObjective, KTOConfig
 from steersman.run.preflight import Preflight
-from steersman.setup.models import policy_from
 from steersman.train.offline import WholeBatches
 from steersman.train.reference_looks import reference_looks
 from steersman.train.session import Session
 from steersman.types import Stats
 from steersman.verbs.offline_recipe import OfflineRecipe
-from steersman.verbs.offline_run import carry_out, frozen_models, read_or_follow, reference_of
+from steersman.verbs.offline_run import carry_out, frozen_models, policy_to_train, read_or_follow, reference_of
 from steersman.verbs.preflight import describe_run
 
 L = TypeVar("L", KTOConfig, BCOConfig)
@@ -88,7 +87,7 @@ def run(recipe: FeedbackRecipe[Any], *, resume: bool = False) -> dict[str, Any]:
         headline=("loss", "accuracy", "held_out/auc", "drift/liked"), health=recipe.health,
     )  # fmt: skip
     with session:
-        policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
+        policy = policy_to_train(recipe, session.device)
         laid = layout(policy, recipe.data)
         order = Order(recipe.train.batch_size, recipe.run.seed, by_length=FeedbackRun.by_length)
         data = training(recipe.data, "feedback", laid, context=context_length(policy.model), order=order)

@@ -170,14 +170,14 @@ def _begun(recipe: GenerateRecipe, out: str, count: int) -> Pieces:
 
 
 def _filled(pieces: Pieces, size: int, make: Callable[[range, Progress], Rows], line: ProgressLine) -> Rows:
-    """All responses; the user is told that earlier ones are used, and on Ctrl-C where those so far are."""
+    """All responses; the user is told that earlier ones are used, and where those so far are when it ends early."""
     left = sum(len(span) for span in pieces.missing(size))
     if left < pieces.count and ranks().main:
         say(f"{pieces.count - left} of {pieces.count} prompts were answered before; going on from there")
     try:
         return pieces.fill(size, make, line)
-    except KeyboardInterrupt:
-        if ranks().main:
+    except (KeyboardInterrupt, SteersmanError) as ended:
+        if ranks().main and (isinstance(ended, KeyboardInterrupt) or any(pieces.folder.glob("*.jsonl"))):
             say(f"the responses so far are in {pieces.folder}; the same command goes on from there")
         raise
 

@@ -6,15 +6,24 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from steersman.evaluation import Evaluation
 from steersman.model import Policy, bytes_to_come, keep_away
 from steersman.plan.memory import Model, SamplingLoad, announce
 from steersman.run.preflight import Preflight
-from steersman.setup.models import rate_text, save_model
+from steersman.setup.models import policy_from, rate_text, save_model
 from steersman.setup.reference import Reference, reference_from
 from steersman.train.moving import copy_to_move, moving
 from steersman.train.offline import Offline, restore_best
+from steersman.train.routers import RouterBalance
 from steersman.train.session import Session
+
+
+def policy_to_train(recipe: Any, device: torch.device) -> Policy:
+    """The policy of an offline recipe, as its `model` and `train` sections ask for it."""
+    watched = recipe.train.router_loss is not None
+    return policy_from(recipe.model, recipe.run, device, pack=recipe.train.pack or None, routers=watched)
 
 
 def carry_out(
@@ -35,6 +44,9 @@ def carry_out(
     """
     evaluation = Evaluation(policy, recipe.evaluation, session)
     state.beside, sampled = evaluation.look, evaluation.larger(sampled)
+    if recipe.train.router_loss is not None:
+        assert policy.routers is not None
+        state.balance = RouterBalance(policy.routers, recipe.train.router_loss)
     models = [Model("policy", policy.model, recipe.model.path, policy, recipe.optimizer)]
     for name, other in frozen.items():
         models.append(Model(name, other.model, other.model.name_or_path, coming=bytes_to_come(other)))

@@ -13,14 +13,13 @@ from steersman.model import context_length
 from steersman.objectives.preference import PairObjective
 from steersman.objectives.preference_config import PairLossConfig
 from steersman.run.preflight import Preflight
-from steersman.setup.models import policy_from
 from steersman.setup.reference import reference_from
 from steersman.train.offline import Offline, WholeBatches
 from steersman.train.reference_looks import reference_looks
 from steersman.train.session import Session
 from steersman.types import SteersmanError
 from steersman.verbs.offline_recipe import OfflineRecipe
-from steersman.verbs.offline_run import carry_out, frozen_models, read_or_follow, reference_of
+from steersman.verbs.offline_run import carry_out, frozen_models, policy_to_train, read_or_follow, reference_of
 from steersman.verbs.preflight import describe_run
 
 ANCHOR_SHARE = 0.1
@@ -108,7 +107,7 @@ def run(recipe: PreferenceRecipe, *, resume: bool = False) -> dict[str, Any]:
         health=recipe.health,
     )  # fmt: skip
     with session:
-        policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
+        policy = policy_to_train(recipe, session.device)
         laid = layout(policy, recipe.data)
         loop = WholeBatches if recipe.loss.of_batch else Offline
         order = Order(recipe.train.batch_size, recipe.run.seed, by_length=loop.by_length)

@@ -15,11 +15,10 @@ from steersman.recipe.sections import ModelConfig, TrainingRecipe
 from steersman.run.health.limits import HealthConfig
 from steersman.run.preflight import Preflight
 from steersman.run.run_config import ManyRunConfig
-from steersman.setup.models import policy_from
 from steersman.train.offline import Offline, PackedOfflineConfig
 from steersman.train.session import Session
 from steersman.update.optimizer import OptimizerConfig
-from steersman.verbs.offline_run import carry_out
+from steersman.verbs.offline_run import carry_out, policy_to_train
 from steersman.verbs.preflight import describe_run
 
 
@@ -69,7 +68,7 @@ def run(recipe: SFTRecipe, *, resume: bool = False) -> dict[str, Any]:
         health=recipe.health,
     )  # fmt: skip
     with session:
-        policy = policy_from(recipe.model, recipe.run, session.device, pack=recipe.train.pack or None)
+        policy = policy_to_train(recipe, session.device)
         laid = layout(policy, recipe.data)
         order = Order(recipe.train.batch_size, recipe.run.seed)
         data = training(recipe.data, "demonstration", laid, context=context_length(policy.model), order=order)

@@ -208,3 +208,23 @@ def test_refusals(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             SimulateRecipe.model_validate({**values, **change})
+
+
+def test_what_was_made_with_other_settings_is_not_told_as_of_these(tmp_path):
+    """Another address or more requests at once change nothing of what is said."""
+    with serving(play) as server, serving(play) as moved, serving(lambda n, text: LOUD) as loud:
+        values = recipe(tmp_path, server.url, loud.url, turns=1).model_dump()
+        told = run(SimulateRecipe.model_validate(values))
+        calm, personas = values["candidates"]["calm"], values["personas"]
+        for change, what in (
+            ({"conversations": 1}, "conversations: 2 -> 1"),
+            ({"personas": {**personas, "p0": {**personas["p0"], "goal": "eat"}}}, "personas.p0.goal: "),
+            ({"personas": {f"q{who}": one for who, one in personas.items()}}, "personas.qp0"),
+            ({"candidates": {**values["candidates"], "third": calm}}, r"battles\.jsonl .*candidates: "),
+            ({"judge": candidate(server.url, "other")}, "judge.endpoint.model: judge -> other"),
+        ):
+            for _ in range(2):  # the folder's recipe is the refused one then
+                with pytest.raises(SteersmanError, match=what):
+                    run(SimulateRecipe.model_validate({**values, **change}), resume=True)
+        calm["endpoint"] |= {"url": moved.url, "concurrency": 2}
+        assert run(SimulateRecipe.model_validate(values), resume=True)["win_rates"] == told["win_rates"]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from judging_kit import ab_rows, choices, settings
+from judging_kit import ab_rows, append, choices, settings
 from letter_models import rows_of
 
-from steersman.data import Row
-from steersman.people.judgements import Judgement, judgement
+from steersman.data import Row, RowError
+from steersman.people.judgements import Judgement, JudgementFiles, judgement
 from steersman.people.serving import Serving, read_serving
 from steersman.people.store.database import StoreAwayError
 from steersman.people.wheel.evaluation import human_metrics, queries
 from steersman.people.wheel.gates import Gate, check
 from steersman.people.wheel.lessons import is_held_out
 from steersman.people.wheel.recipe import WheelRecipe
-from steersman.people.wheel.run import run
+from steersman.people.wheel.run import Turn, run
 
 
 class Said:
@@ -169,3 +171,102 @@ def test_the_standard_gate_lets_twelve_right_items_through():
     assert check({"human/accuracy": Gate(at_least=0.5, sure=True)}, human_metrics(pairs, right))[0].passed
     one_prompt = [replace(one, prompt="p", answers=(f"a{one.id}", "b")) for one in pairs]
     assert not check({"human/accuracy": Gate(at_least=0.5, sure=True)}, human_metrics(one_prompt, right))[0].passed
+
+
+def test_a_turn_waits_until_a_prompt_is_held_out(tmp_path, mini_model):
+    """Nothing is collected or trained before, so that a larger share, or more judgements, are of use."""
+    values = settings(tmp_path, mini_model, experiment=None, gates={"length": {"at_most": 99}})
+    values["judgements"]["held_out"] = 0.05
+    rows = [row for row in choices(160, seed=8) if not is_held_out(judgement(Row(row, "said", 1)), 0.05)]
+    said = Said(rows[:80])
+    assert turned(values, said, resume=False)["state"].startswith("turn 1 begins once a prompt is held out")
+    assert not (tmp_path / "run/round-01").exists()
+    said.add([{**rows[80], "id": "new"}])
+    values["judgements"]["held_out"] = 0.3
+    assert turned(values, said)["state"] == "done"
+    assert len(rows_of(tmp_path / "run/round-01/collected.jsonl")) == 81
+
+
+def test_what_taught_while_fewer_prompts_were_held_out_measures_nothing(tmp_path, mini_model):
+    values = settings(tmp_path, mini_model, experiment=None, turns=2, gates={"length": {"at_most": 99}})
+    values["judgements"]["held_out"] = 0.1
+    said = Said(choices(80, seed=8))
+    turned(values, said, resume=False)
+    values["judgements"]["held_out"] = 0.5
+    said.add(choices(60, seed=9))
+    assert turned(values, said)["state"] == "done"
+    prompts = {one.id: one.prompt for one in said.rows}
+    one, two = (tmp_path / f"run/round-0{number}" for number in (1, 2))
+    taught = {prompts[i] for row in rows_of(one / "pairs.jsonl") for i in row["judgements"]}
+    read = {prompts[row["id"]] for row in rows_of(two / "readings.jsonl")}
+    assert len(read) > 20
+    assert not read & taught
+    assert not read & {prompts[i] for row in rows_of(two / "pairs.jsonl") for i in row["judgements"]}
+
+
+def test_a_test_goes_on_as_it_began(tmp_path, mini_model, capsys):
+    """Its share and its salt, too: users who change arms, or a share other than theirs, make a difference of none."""
+    values = settings(tmp_path, mini_model, experiment={"share": 0.1, "metric": "thumb"})
+    said = Said(choices(80, seed=4))
+    turned(values, said, resume=False)
+    before = (tmp_path / "run/serving.json").read_text()
+    values |= {"experiment": {"share": 0.5, "metric": "thumb"}, "run": {**values["run"], "seed": 5}}
+    assert "turn 1 is tested" in turned(values, said)["state"]
+    assert (tmp_path / "run/serving.json").read_text() == before
+    assert "turn 1: its test goes on as it began" in capsys.readouterr().out
+
+
+def test_what_is_said_while_it_trains_belongs_to_no_arm(tmp_path, mini_model, monkeypatch):
+    """All of it is about the model that stands, which everybody meets then."""
+    values = settings(tmp_path, mini_model, experiment={"share": 0.5, "metric": "thumb", "most_units": 40})
+    said, train = Said(choices(80, seed=4)), Turn.train
+
+    def thumbs(name, first):
+        about = {"prompt": "hm,", "completion": "a", "model": name, "time": 10**6}
+        return [about | {"id": f"t{i}", "user": f"u{i}", "label": i % 2} for i in range(first, first + 50)]
+
+    def beside(self, *lessons):
+        said.add(thumbs("turn-00", 0))
+        return train(self, *lessons)
+
+    monkeypatch.setattr(Turn, "train", beside)
+    assert "has no value yet" in turned(values, said, resume=False)["state"]
+    monkeypatch.undo()
+    assert "has no value yet" in turned(values, said)["state"]
+    said.add(thumbs("turn-01", 50))
+    assert turned(values, said)["decisions"][0]["test"]["primary"]["look"]["n"] == 50
+
+
+def test_a_row_that_is_still_being_written_is_waited_for(tmp_path, mini_model):
+    """And bad rows are counted once, however often the folder was read."""
+    values = settings(tmp_path, mini_model, experiment=None, gates={"length": {"at_most": 99}})
+    inbox = append(tmp_path / "inbox", "day", choices(30, seed=1))
+    rest = "".join(json.dumps(row) + "\n" for row in choices(60, seed=2))
+    with (inbox / "day.jsonl").open("a") as file:
+        file.write(rest[:70])
+    told = run(WheelRecipe.model_validate(values))
+    assert "day.jsonl has no end" in told["state"]
+    with (inbox / "day.jsonl").open("a") as file:
+        file.write(rest[70:] + "{}\n")
+    with pytest.raises(RowError, match=r"day\.jsonl, line 91"):
+        run(WheelRecipe.model_validate(values), resume=True)
+    values["judgements"] |= {"on_bad_row": "skip", "at_least": 91}
+    values["poll"] = 0.05
+    late = threading.Timer(0.5, append, (tmp_path / "inbox", "late", choices(1, seed=3)))
+    late.start()
+    assert run(WheelRecipe.model_validate(values), resume=True)["state"] == "done"
+    late.join()
+    made = json.loads((tmp_path / "run/round-01/collected.provenance.json").read_text())
+    assert made["left_out"] == {"missing field": 1}
+
+
+def test_rows_without_ids_are_the_same_wherever_they_are_read_from(tmp_path, monkeypatch):
+    rows = [{k: v for k, v in row.items() if k != "id"} for row in choices(2)]
+    for day in ("a", "b"):
+        (tmp_path / "inbox" / day).mkdir(parents=True)
+        append(tmp_path / "inbox" / day, "rows", [*rows, {**rows[0], "id": None}])
+    monkeypatch.chdir(tmp_path)
+    wanted = {f"{day}/rows.jsonl:{n}" for day in "ab" for n in (1, 2, 3)}
+    for place in ("inbox", str(tmp_path / "inbox"), "inbox/*/rows.jsonl", "./inbox/"):
+        assert {one.id for one in JudgementFiles(place)} == wanted, place
+    assert {one.id for one in JudgementFiles("inbox/a/rows.jsonl")} == {f"rows.jsonl:{n}" for n in (1, 2, 3)}

@@ -429,6 +429,24 @@ def test_a_server_of_an_address_that_dies_leaves_its_prompts_to_the_others(runni
     owner.update_weights(2)
 
 
+def test_a_stop_string_at_the_least_length_ends_a_response_though_the_server_goes_on():
+    """vLLM looks for stop strings from the token behind `min_tokens` on; the engine, from that token on."""
+    server, sampling = Elsewhere(), Sampling(6, min_new_tokens=3, stop=tuple("aeiourst"))
+    generator = open_process(make_policy(), ServerSettings((), 8, urls=(server.url,), timeout=20.0))
+    told = lambda: [(s.ids, s.finish, s.text, len(s.logp)) for s in generator.generate(asked(), sampling, seed=3)]  # noqa: E731
+    wanted, real = told(), server.desk.generate
+    assert any(len(ids) == 3 for ids, *_ in wanted)
+
+    def one_later(body):
+        params = body["sampling_params"]
+        return real(body | {"sampling_params": params | {"min_tokens": params["min_tokens"] + 1}})
+
+    server.desk.generate = one_later
+    assert told() == wanted
+    generator.close()
+    server.close()
+
+
 @pytest.mark.parametrize("troubles", [[503], [502, 429], ["drop"], ["drop", 504, "drop", 503]])
 def test_a_bad_moment_of_a_healthy_server_is_waited_out(troubles):
     server = Elsewhere()
@@ -446,7 +464,10 @@ def test_a_server_that_stays_busy_is_told_with_what_it_said():
     server = Elsewhere()
     generator = open_process(make_policy(), ServerSettings((2,), 8, urls=(server.url,), timeout=20.0))
     generator.update_weights(0)
-    for trouble, said in ((503, "status 503 of .*busy"), ("drop", r"RemoteProtocolError.* then --resume")):
+    for trouble, said in (
+        (503, "status 503 of .*busy"),
+        ("drop", r"RemoteProtocolError.*see that it runs; the same command \(with --resume where"),
+    ):
         server.troubles = [trouble] * 9
         with pytest.raises(SteersmanError, match=said):
             generator.generate(asked(), Sampling(4))

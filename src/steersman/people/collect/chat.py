@@ -22,8 +22,9 @@ from steersman.people.store.conversations import (
     start,
 )
 from steersman.people.store.items import CHAT, NewItem, add_item, make_queue
-from steersman.people.store.judgements import judge_turn, thumbs
+from steersman.people.store.judgements import checked_key, judge_turn, thumbs
 from steersman.people.store.schema import Assignment, Conversation, Item, Turn
+from steersman.people.store.verdicts import storable
 from steersman.types import SteersmanError
 
 LONGEST_MESSAGE = 20_000
@@ -65,11 +66,15 @@ def say(visit: Visit) -> Response:
         chat = _own(session, visit, lock=True)
         if chat is None:
             return visit.error_page("404", 404)
-        turns = path(session, chat)
-        # The same message again, whose answer did not come: it is not asked twice.
-        again = turns and turns[-1].role == "user" and turns[-1].content == text
-        asked = turns[-1] if again else add_turn(session, chat, "user", TurnText(text))
-    return _answered(visit, chat.id, asked.id)
+        turns, (said, turn_id) = path(session, chat), _said(session, visit, chat, text)
+        if turns and turns[-1].role == "user" and turns[-1].content == text:  # its answer did not come
+            asked = turns[-1]
+        elif said:
+            return go(f"/chat/{chat.id}#last")
+        else:
+            asked = add_turn(session, chat, "user", TurnText(text), turn_id=turn_id)
+        leaf = chat.leaf_id
+    return _answered(visit, chat.id, asked.id, leaf)
 
 
 def answer(visit: Visit) -> Response:
@@ -83,7 +88,8 @@ def answer(visit: Visit) -> Response:
             turns = turns[:-1]
         if not turns or turns[-1].role != "user":
             return visit.error_page("there is nothing to answer")
-    return _answered(visit, chat.id, turns[-1].id)
+        leaf = chat.leaf_id
+    return _answered(visit, chat.id, turns[-1].id, leaf)
 
 
 def edit(visit: Visit) -> Response:
@@ -93,12 +99,23 @@ def edit(visit: Visit) -> Response:
         chat, turn = _own(session, visit, lock=True), session.get(Turn, visit.arg("turn"))
         if chat is None or turn is None or turn.conversation_id != chat.id or turn.role != "user":
             return visit.error_page("404", 404)
-        shown = chat.leaf_id
-        asked = _unanswered(all_turns(session, chat.id), turn, text) or branch(
-            session, chat, turn, "user", TurnText(text)
-        )
+        shown, (said, turn_id) = chat.leaf_id, _said(session, visit, chat, text)
+        asked = _unanswered(all_turns(session, chat.id), turn, text)
+        if asked is None and said:
+            return go(f"/chat/{chat.id}#last")
+        asked = asked or branch(session, chat, turn, "user", TurnText(text), turn_id=turn_id)
         chat.leaf_id = shown
-    return _answered(visit, chat.id, asked.id)
+    return _answered(visit, chat.id, asked.id, shown)
+
+
+def _said(session: Session, visit: Visit, chat: Conversation, text: str) -> tuple[bool, str | None]:
+    """Whether this very form was stored already, as where its answer was lost on the way to the browser, and the id
+    for its message: the form's key, unless another message has it."""
+    turn_id = checked_key(visit.field("key"))
+    known = session.get(Turn, turn_id)
+    if known is None:
+        return False, turn_id
+    return known.conversation_id == chat.id and known.content == storable(text), None
 
 
 def _unanswered(turns: dict[str, Turn], beside: Turn, text: str) -> Turn | None:
@@ -118,25 +135,28 @@ def thumb(visit: Visit) -> Response:
     return go(f"/chat/{chat.id}#last")
 
 
-def _answered(visit: Visit, chat_id: str, question: str) -> Response:
-    """The answer to a turn, behind which the chat then goes on; what is shown stays as it is until it is there.
+def _answered(visit: Visit, chat_id: str, question: str, leaf: str | None) -> Response:
+    """The answer to a turn, behind which the chat then goes on, where its path still ends with `leaf`; what is shown
+    stays as it is until it is there.
 
     Asks every model at once and shows nothing until all have answered: not even time tells them apart.
     """
     if not visit.site.answerers:
         return visit.error_page("no model answers here")
     with visit.store.read() as session:
-        leaf = session.get_one(Conversation, chat_id).leaf_id
         asked = messages(path_to(all_turns(session, chat_id), question))
+        waiting = _comparison_of(session, visit, session.get_one(Conversation, chat_id), asked)
+    if waiting is not None:
+        return go(f"/item/{waiting.id}")
     with ThreadPoolExecutor(len(visit.site.answerers)) as pool:
         said = list(pool.map(lambda a: a.answer(asked, visit.rater.pseudonym), visit.site.answerers))
     with visit.store.begin() as session:
         chat = session.get_one(Conversation, chat_id, with_for_update=True)
         if chat.leaf_id != leaf:  # another tab went on in the meantime
             return go(f"/chat/{chat_id}#last")
-        for compare, item in _open_comparisons(session, visit, chat):
-            if item.prompt == asked:  # the same message was sent twice at once
-                return go(f"/item/{compare.id}")
+        waiting = _comparison_of(session, visit, chat, asked)  # the same message was sent twice at once
+        if waiting is not None:
+            return go(f"/item/{waiting.id}")
         if len(said) == 1 or said[0].content == said[1].content:
             add_turn(session, chat, "assistant", said[0], question)
             return go(f"/chat/{chat_id}#last")
@@ -165,6 +185,13 @@ def _open_comparisons(session: Session, visit: Visit, chat: Conversation) -> lis
         .order_by(Assignment.created.desc())
     )
     return [(assignment, item) for assignment, item in found]
+
+
+def _comparison_of(
+    session: Session, visit: Visit, chat: Conversation, asked: list[dict[str, str]]
+) -> Assignment | None:
+    """The comparison of the answers to these messages that waits for a verdict."""
+    return next((one for one, item in _open_comparisons(session, visit, chat) if item.prompt == asked), None)
 
 
 def _message(visit: Visit) -> str:

@@ -34,10 +34,14 @@ def start(session: Session, rater_id: int, *, system: str = "") -> Conversation:
     return made
 
 
-def add_turn(session: Session, of: Conversation, role: str, said: TurnText, parent_id: str | None = None) -> Turn:
-    """A turn behind `parent_id` (or the shown path's last one), which becomes the last one that is shown."""
+def add_turn(
+    session: Session, of: Conversation, role: str, said: TurnText, parent_id: str | None = None, *,
+    turn_id: str | None = None,
+) -> Turn:  # fmt: skip
+    """A turn behind `parent_id` (or the shown path's last one), which becomes the last one that is shown; under
+    `turn_id`, or an id that is made here."""
     turn = Turn(
-        id=new_id(), conversation_id=of.id, parent_id=parent_id or of.leaf_id, role=role,
+        id=turn_id or new_id(), conversation_id=of.id, parent_id=parent_id or of.leaf_id, role=role,
         content=storable(said.content), model_id=model_id(session, said.model), sampling=said.sampling,
         finish=said.finish, seconds=said.seconds, created=now(),
     )  # fmt: skip
@@ -49,9 +53,12 @@ def add_turn(session: Session, of: Conversation, role: str, said: TurnText, pare
     return turn
 
 
-def branch(session: Session, of: Conversation, turn: Turn, role: str, said: TurnText) -> Turn:
-    """A sibling of `turn`: another answer, or an edited turn, from which the conversation goes on."""
-    made = add_turn(session, of, role, said, turn.parent_id)
+def branch(
+    session: Session, of: Conversation, turn: Turn, role: str, said: TurnText, *, turn_id: str | None = None
+) -> Turn:
+    """A sibling of `turn`: another answer, or an edited turn, from which the conversation goes on; its id as in
+    `add_turn`."""
+    made = add_turn(session, of, role, said, turn.parent_id, turn_id=turn_id)
     made.parent_id = turn.parent_id  # also where the turn is the first one
     return made
 

@@ -120,7 +120,9 @@ def checked_key(key: str) -> str:
     try:
         return str(uuid.UUID(key))
     except (ValueError, AttributeError, TypeError):
-        raise SteersmanError("key: every judgement carries a random UUID of its client's making") from None
+        raise SteersmanError(
+            "key: every judgement and every message carries a random UUID of its client's making"
+        ) from None
 
 
 def _row(task: str, rater_id: int, verdict: dict[str, Any], *, key: str, **more: Any) -> JudgementRow:

@@ -18,6 +18,8 @@ from steersman.types import SteersmanError
 ROLES = ("rater", "admin")
 LONGEST_NAME = 100
 LOGIN_SECONDS = 14 * 24 * 3600
+CLOCK_SECONDS = 24 * 3600
+"""How far the clock may be set back before the logins from before that have to be made anew."""
 NOT_GONE_YET = (
     "somebody reads in this store, so the name is still in the file beside it that ends in -wal; it goes with that "
     "file once every program has closed the store (a restart of `steersman collect` is enough)"
@@ -162,12 +164,14 @@ def log_out(session: Session, token: str) -> None:
 
 def visitor(session: Session, token: str, *, passwordless: bool = False) -> Visitor | None:
     """Whose login this token is; None where it is nobody's or has run out, and, unless `passwordless`, where its
-    person has no password."""
+    person has no password. A login that a clock far ahead of now gave would last as long as the clock was ahead: it
+    is none, either."""
+    last = now() + LOGIN_SECONDS + CLOCK_SECONDS
     row = session.execute(
         select(Login, Person, Rater)
         .join(Person, Person.rater_id == Login.rater_id)
         .join(Rater, Rater.id == Login.rater_id)
-        .where(Login.token == _hash(token), Login.expires > now())
+        .where(Login.token == _hash(token), Login.expires > now(), Login.expires < last)
     ).first()
     if row is None:
         return None

@@ -18,7 +18,6 @@ from steersman.people.wheel.recipe import WheelRecipe
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.run.seed import SamplingStream
 from steersman.statistics.estimates import Estimate, share
-from steersman.types import SteersmanError
 
 
 class Measuring:
@@ -28,15 +27,11 @@ class Measuring:
         self.ledger, self.recipe, self.name, self.data = ledger, recipe, name, data
 
     def metrics(self, candidate: str, current: str, held_out: list[Judgement]) -> dict[str, Estimate]:
-        """Table: every metric with its interval, from people's held-out judgements, answers, and the judge.
+        """Table: every metric with its interval, from people's held-out judgements, answers, and the judge."""
+        told = self.ledger.rows(f"{self.name}/evaluation")
+        return {row["metric"]: _estimate(row) for row in told or self._measured(candidate, current, held_out)}
 
-        Raises SteersmanError where no judged prompt is held out.
-        """
-        if not held_out:
-            raise SteersmanError(
-                f"judgements.held_out is {self.recipe.judgements.held_out:g}, and no prompt that was judged is held "
-                "out, so nothing can be said of the candidate; raise it, or have more prompts judged"
-            )
+    def _measured(self, candidate: str, current: str, held_out: list[Judgement]) -> Rows:
         players = (self._player(candidate), self._player(current))
         models = [self.ledger.model(path) for path in (candidate, current)]
         readings = self.ledger.table(
@@ -55,8 +50,7 @@ class Measuring:
         found = evaluation.human_metrics(held_out, readings) | evaluation.guard_metrics(mine, theirs)
         found |= self._judged(held_out, mine, theirs)
         rows = [{"metric": name, **one.plain()} for name, one in found.items()]
-        told = self.ledger.table(f"{self.name}/evaluation", lambda: rows, models=models)
-        return {row["metric"]: _estimate(row) for row in told}
+        return self.ledger.table(f"{self.name}/evaluation", lambda: rows, models=models)
 
     def _player(self, path: str) -> Player:
         config = self.recipe.model.model_copy(update={"path": path, "lora": None})

@@ -18,25 +18,25 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from steersman.data import BadRows, Row
+from steersman.data import BadRows, Row, RowError
 from steersman.flywheel.players import text_of
 from steersman.model import load_tokenizer
 from steersman.people.experiments import Experiment, report
-from steersman.people.filters import sift
+from steersman.people.filters import prompt_key, sift
 from steersman.people.judgements import Judgement, Judgements, judgement, plain
 from steersman.people.outcomes import outcomes_of
 from steersman.people.serving import ServedModel, Serving
-from steersman.people.sources import open_judgements
+from steersman.people.sources import half_written, open_judgements
 from steersman.people.store.database import StoreAwayError
 from steersman.people.wheel.gates import check
 from steersman.people.wheel.lessons import is_held_out
 from steersman.people.wheel.measuring import Measuring
 from steersman.people.wheel.page import write_page
-from steersman.people.wheel.recipe import WheelRecipe
+from steersman.people.wheel.recipe import LEARNS, WheelRecipe
 from steersman.people.wheel.training import Training
 from steersman.run.files.ledger import Ledger, Rows
 from steersman.statistics.estimates import Estimate
-from steersman.types import Stats
+from steersman.types import Stats, SteersmanError
 
 
 class WaitingError(Exception):
@@ -104,11 +104,20 @@ class Wheel:
     def said(self) -> list[Judgement]:
         """All judgements so far.
 
-        A store that was there before, and is away now, is waited for as judgements are; raises WaitingError then. At
-        the beginning, and by a wheel that does not poll, it raises StoreAwayError: its address may be wrong.
+        A row that somebody is still writing, and a store that was there before and is away now, are waited for as
+        judgements are; raises WaitingError then. At the beginning, and by a wheel that does not poll, an absent store
+        raises StoreAwayError: its address may be wrong.
         """
+        self.bad.counts.clear()  # of this reading, not of all that were
         try:
             found = list(self.source)
+        except RowError as bad:
+            file = half_written(self.recipe.judgements.folder)
+            if file is None:
+                raise
+            raise WaitingError(
+                f"the last line of {file} has no end; where nobody is writing it, it was cut short: remove it"
+            ) from bad
         except StoreAwayError as away:
             if self.recipe.poll is None or not self.reached:
                 raise
@@ -118,16 +127,20 @@ class Wheel:
 
     def serve(self, number: int, candidate: ServedModel | None) -> None:
         """Writes down which models answer people now, where the file says something else."""
-        told = Serving(
-            number, self.current.absolute(), None if candidate is None else candidate.absolute(), self.salt(number)
-        )
+        _, salt = self.split(number)
+        told = Serving(number, self.current.absolute(), None if candidate is None else candidate.absolute(), salt)
         path = self.ledger.path / "serving.json"
         if not path.exists() or path.read_text(encoding="utf-8") != told.text:
             told.write(path)
 
-    def salt(self, number: int) -> str:
-        own = self.recipe.experiment.salt if self.recipe.experiment else ""
-        return f"{own}/{self.recipe.run.seed}/{number}"
+    def split(self, number: int) -> tuple[float, str]:
+        """The share of users who meet a turn's candidate, and the salt that draws them: those that its test began
+        with, whatever the recipe says since."""
+        for row in self.rows(number, "test"):
+            return row["share"], row["salt"]
+        experiment = self.recipe.experiment
+        share, own = (1.0, "") if experiment is None else (experiment.share, experiment.salt)
+        return share, f"{own}/{self.recipe.run.seed}/{number}"
 
     def decisions(self) -> dict[str, Any]:
         """The decisions so far, with candidates' folders as this process finds them, and the model that serves."""
@@ -164,7 +177,7 @@ class Turn:
     def __init__(self, wheel: Wheel, number: int) -> None:
         self.wheel, self.number, self.name = wheel, number, f"round-{number:02d}"
         self.ledger, self.recipe = wheel.ledger, wheel.recipe
-        self.share = self.recipe.experiment.share if self.recipe.experiment else 1.0
+        self.share, self.salt = wheel.split(number)
         self.candidate, self.testing = self._served(""), False
 
     def go(self) -> dict[str, Any]:
@@ -196,14 +209,22 @@ class Turn:
         return ServedModel(f"turn-{self.number:02d}", path, self.share)
 
     def collect(self) -> None:
-        """Tables: the judgements that no earlier turn has taken, once there are enough of them, and which of earlier
-        turns are there no more."""
+        """Tables: the judgements that no earlier turn has taken, once there are enough of them and a prompt among all
+        is held out, and which of earlier turns are there no more."""
         if not self.wheel.rows(self.number, "collected"):
-            old = {one.id for one in self.wheel.judgements(self.number - 1, "collected")}
-            new = [one for one in self.wheel.said() if one.id not in old]
+            said, old = self.wheel.said(), {one.id for one in self.wheel.judgements(self.number - 1, "collected")}
+            new = [one for one in said if one.id not in old]
             count, wanted = sum(one.expected is None for one in new), self.recipe.judgements.at_least
             if count < wanted:
                 raise WaitingError(f"turn {self.number} begins with {wanted} new judgements, and {count} are in")
+            here = {one.id for one in said}
+            earlier = [one for one in self.wheel.judgements(self.number - 1, "collected") if one.id in here]
+            if not self._held_out(sift([*earlier, *new], self.recipe.sift)[0]):
+                raise WaitingError(
+                    f"turn {self.number} begins once a prompt is held out, which measures the candidate: of those of "
+                    f"{len(earlier) + len(new)} judgements none is yet; raise judgements.held_out "
+                    f"({self.recipe.judgements.held_out:g}), or have more prompts judged"
+                )
             left_out = dict(self.wheel.bad.counts)
             self.ledger.table(f"{self.name}/collected", lambda: [plain(one) for one in new], left_out=left_out)
         self.ledger.table(f"{self.name}/taken-back", self._taken_back)
@@ -218,7 +239,8 @@ class Turn:
         earlier turns to learn from, and all that are held out.
 
         Judgements of earlier turns are sifted again by all that is known now, without those that were taken back: a
-        rater who is found bad later teaches and measures nothing any more.
+        rater who is found bad later teaches and measures nothing any more. Raises SteersmanError where none is held
+        out, which is before anything is trained.
         """
         taken_back = {row["id"] for row in self.wheel.rows(self.number, "taken-back")}
         rows = [one for one in self.wheel.judgements(self.number, "collected") if one.id not in taken_back]
@@ -235,10 +257,31 @@ class Turn:
             **about,
         )
         self.ledger.table(f"{self.name}/kept", lambda: [plain(one) for one in kept if one.id in mine], **about)
-        share = self.recipe.judgements.held_out
-        held_out = [one for one in kept if is_held_out(one, share)]
-        teach = [one for one in kept if not is_held_out(one, share)]
+        held_out = self._held_out(kept)
+        if not held_out:
+            raise SteersmanError(
+                f"judgements.held_out is {self.recipe.judgements.held_out:g}, and of the judgements that turn "
+                f"{self.number} has taken none that counts is of a prompt that is held out, so nothing could be said "
+                "of the candidate; raise it, and go on with --resume"
+            )
+        measures = {one.id for one in held_out}
+        teach = [one for one in kept if one.id not in measures]
         return [one for one in teach if one.id in mine], [one for one in teach if one.id not in mine], held_out
+
+    def _held_out(self, kept: list[Judgement]) -> list[Judgement]:
+        """Those that measure: of prompts that the recipe holds out, and that no turn has learned from.
+
+        A prompt that taught while `judgements.held_out` was smaller measures nothing any more.
+        """
+        taught = {
+            prompt_key(row["prompt"])
+            for number in range(1, self.number + 1)
+            for kind in dict.fromkeys(LEARNS.values())
+            for row in self.wheel.rows(number, kind)
+            if row["source"] != "anchor"
+        }
+        share = self.recipe.judgements.held_out
+        return [one for one in kept if is_held_out(one, share) and prompt_key(one.prompt) not in taught]
 
     def train(self, learn: list[Judgement], earlier: list[Judgement]) -> str | None:
         """The candidate's folder; None where nothing of this turn teaches anything."""
@@ -247,15 +290,31 @@ class Turn:
         return training.run(self.wheel.current.path, tables) if any(tables.values()) else None
 
     def test(self, experiment: Experiment, metrics: dict[str, Estimate]) -> dict[str, Any]:
-        """People meet the candidate, blind, and their choices decide; raises WaitingError until they have."""
+        """People meet the candidate, blind, and their choices decide; raises WaitingError until they have.
+
+        What was said of the model that stands while the candidate was trained belongs to no arm.
+        """
         names = {"control": self.wheel.current.name, "treatment": self.candidate.name}
-        experiment = experiment.model_copy(update={**names, "salt": self.wheel.salt(self.number)})
+        split = {"share": self.share, "salt": self.salt}
+        asked = experiment.model_copy(update=names | split).model_dump(mode="json")
         about = {"models": [self.ledger.model(s.path) for s in (self.wheel.current, self.candidate)]}
-        begun = self.ledger.table(f"{self.name}/test", lambda: [experiment.model_dump(mode="json")], **about)
+        collected = {one.id for one in self.wheel.judgements(self.number, "collected")}
+
+        def begin() -> Rows:
+            """The experiment, and which judgements came before anybody could meet the candidate."""
+            return [{**asked, "before": [one.id for one in self.wheel.said() if one.id not in collected]}]
+
+        (begun,) = self.ledger.table(f"{self.name}/test", begin, **about)
+        before = collected | set(begun.pop("before", []))
+        if not self.testing and (begun != asked or experiment.share != self.share):
+            self.ledger.log.note(
+                f"turn {self.number}: its test goes on as it began ({self.name}/test.jsonl); what the recipe says of "
+                "the experiment now holds from the next turn on",
+                style="yellow",
+            )
         self.testing = True
-        before = {one.id for one in self.wheel.judgements(self.number, "collected")}
         rows = [one for one in self.wheel.said() if one.id not in before]
-        told = report(Experiment(**begun[0]), outcomes_of(rows, **names))
+        told = report(Experiment(**begun), outcomes_of(rows, **names))
         if told.decision == "wait" and not self.wheel.rows(self.number, "decision"):
             raise WaitingError(
                 f"turn {self.number} is tested: {told.primary} (its {told.primary.metric} of {self.candidate.name} "

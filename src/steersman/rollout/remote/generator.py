@@ -252,7 +252,7 @@ class RemoteGenerator:
 
     def _sample(self, one: PendingResponse, sampling: Sampling, texts: Texts, record: bool) -> Sample:
         assert one.finish is not None
-        text = self._stop_over_a_cut(one, texts, sampling.min_new_tokens)
+        text = self._missed_stop(one, texts, sampling.min_new_tokens)
         if text is None and one.finish == "stop":
             text = texts.stopped(one.prompt.ids, one.ids)
         if text is None:
@@ -263,10 +263,16 @@ class RemoteGenerator:
             one.prompt, one.ids, one.logp, one.finish, text, one.index, support, version=one.version
         )  # fmt: skip
 
-    def _stop_over_a_cut(self, one: PendingResponse, texts: Texts, shortest: int) -> str | None:
-        """Ends a response at a stop string that began before a cut and ended behind it; its text then."""
-        for cut in one.cuts if texts.stop else ():
-            for end in range(max(cut, shortest) + 1, min(cut + texts.window, len(one.ids)) + 1):
+    def _missed_stop(self, one: PendingResponse, texts: Texts, shortest: int) -> str | None:
+        """Ends a response at a stop string that the server did not look for; its text then.
+
+        That is one that began before a cut and ended behind it, or, at vLLM, one that the token number `shortest`
+        (the least that a response has) completed: vLLM looks from the token behind it on.
+        """
+        least = [shortest] if 0 < shortest <= len(one.ids) else []
+        over_cuts = [range(max(cut + 1, shortest), min(cut + texts.window, len(one.ids)) + 1) for cut in one.cuts]
+        for ends in [least, *over_cuts] if texts.stop else ():
+            for end in ends:
                 text = texts.stopped(one.prompt.ids, one.ids[:end])
                 if text is not None:
                     one.ids, one.logp, one.version = one.ids[:end], one.logp[:end], one.version[:end]

@@ -21,6 +21,8 @@ from steersman.types import SteersmanError
 T = TypeVar("T")
 RESTARTS = 3
 """How often one call may start a dead server again."""
+AGAIN = "the same command (with --resume where the verb keeps a run folder)"
+"""What a user can do once a server of an address is there again."""
 CANARY_SAMPLES = 8
 """Next tokens drawn after each canary (a fixed prompt); a token that comes twice is compared twice."""
 
@@ -100,7 +102,7 @@ class Station:
         self._outliving("over the same prompts", ask, lambda error: self._mend(error, restarts))
         if not self._still_ours():
             raise ServerGoneError(
-                self.server.message("it was started anew, and has lost the run's weights; --resume loads them again")
+                self.server.message(f"it was started anew, and has lost the run's weights; {AGAIN} loads them again")
             )
         return [done[i] for i in range(len(asked))]
 
@@ -261,7 +263,9 @@ class Station:
         """Starts a process of steersman's again, one that never answered a single time: it may have been killed
         while it started. Raises the error of a server that is none of steersman's."""
         if self.process is None or self._closed:
-            raise ServerGoneError(f"{error}; steersman did not start it: see that it runs, then --resume") from error
+            raise ServerGoneError(
+                f"{error}; steersman did not start it: see that it runs; {AGAIN} goes on"
+            ) from error
         self.restarts += 1
         self._limits, self._adapter = None, ""
         if not self._answered:

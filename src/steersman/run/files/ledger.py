@@ -34,6 +34,9 @@ from steersman.run.seed import seed_everything
 from steersman.run.stop_request import StopRequest
 from steersman.types import Progress, Stats, SteersmanError
 
+REPLIES = ("judge.jsonl", "replies.jsonl")
+"""Files in which judges and writers keep replies as they come, before there is any table."""
+
 
 class StoppedError(Exception):
     """A signal ended the run early; everything made so far is whole and `--resume` goes on."""
@@ -53,12 +56,13 @@ class Ledger:
         self.stopped, self.began = False, False
         self.shared: dict[str, Any] = {}
         """Sections that every stage's recipe gets."""
-        self._stack, self._hashes = ExitStack(), dict[str, str]()
+        self._stack, self._hashes, self._replies = ExitStack(), dict[str, str](), 0
 
     def __enter__(self) -> Ledger:
         require_sinks(self.config.sinks)
         self.folder = self._stack.enter_context(open_folder(Path(self.config.dir), self.recipe, resume=self.resume))
         self.path = self.folder.path
+        self._replies = self._bytes_of_replies()
         self.signal = self._stack.enter_context(StopRequest())
         logged = {row.get("step") for row in self.metrics()}
         whole = [r for r in range(self.rounds + 1) if r in logged and self._there(self._round_file(r))]
@@ -79,9 +83,11 @@ class Ledger:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         self.stopped = isinstance(error, StoppedError)
+        holds_work = self.began or self.folder.resumed or self._bytes_of_replies() > self._replies
         if self.stopped:
-            self.log.note(f"stopped by {self.signal.signal_name}; go on with --resume --run.dir {self.path}")
-        elif error is not None and (self.began or self.folder.resumed):
+            how = f"; go on with --resume --run.dir {self.path}" if holds_work else " before anything was made"
+            self.log.note(f"stopped by {self.signal.signal_name}{how}")
+        elif error is not None and holds_work:
             self.log.note(
                 "an error ends the run; what was made before it is kept, and --resume goes on", style="yellow"
             )
@@ -90,7 +96,7 @@ class Ledger:
             with nullcontext() if error is None else suppress(Exception):
                 if ranks().main:
                     write_report(self.path)
-            if error is not None and not self.began and not self.folder.resumed and ranks().main:
+            if error is not None and not holds_work and ranks().main:
                 self.folder.forget()
         finally:
             self._stack.close()
@@ -120,6 +126,11 @@ class Ledger:
         Raises SteersmanError where the file is another one than was written.
         """
         return ranks().from_main(lambda: self._read(name), "a table") if self._has(name) else []
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """What stands beside a table of where it came from; nothing where it was not made."""
+        read = lambda: json.loads(self._about(name).read_text(encoding="utf-8"))  # noqa: E731
+        return ranks().from_main(read, "a table's provenance") if self._has(name) else {}
 
     def parts(
         self, name: str, count: int, make: Callable[[range, Progress], Rows], *, size: int = 1, **about: Any
@@ -245,6 +256,10 @@ class Ledger:
                 "they were, or remove both and run again with --resume, which makes the table anew"
             )
         return read_jsonl(path)
+
+    def _bytes_of_replies(self) -> int:
+        files = [self.path / name for name in REPLIES]
+        return sum(file.stat().st_size for file in files if file.exists())
 
     def _has(self, name: str) -> bool:
         """Whether the table is there with where it came from, which is written last."""

@@ -62,7 +62,7 @@ class Log:
         }
         rows = read_jsonl(self.folder / "metrics.jsonl")
         self._seconds_before = float(rows[-1].get("seconds", 0.0)) if rows else 0.0
-        self._start = self._last_line = time.monotonic()
+        self._start = self._last_line = self._steps_from = time.monotonic()
         self._first_step = max(resumed_step, 0)
         self._files = {name: self._opened(name) for name in FILES}
         self._sinks = Sinks(sinks, self.folder, resumed_step, lambda text: self.note(text, style="yellow"))
@@ -138,7 +138,9 @@ class Log:
         headline = self.headline if self.total else tuple(stats)  # one that has no steps tells all at once
         detail = "  ".join(f"{k.removesuffix('/total')} {stats[k]:.4g}" for k in headline if k in stats)
         done = step - self._first_step
-        left = (now - self._start) / done * max(self.total - step, 0) if done > 0 else math.nan
+        if done <= 0:  # a look before the first step is no step of those that are left
+            self._steps_from = now
+        left = (now - self._steps_from) / done * max(self.total - step, 0) if done > 0 else math.nan
         detail += f"  {duration_text(left)} left" if step < self.total and math.isfinite(left) else ""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, detail=detail)

@@ -61,6 +61,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "loss": ("Losses", ""),
     "loss_last_token": ("Loss at the last token", "nats; high where the model does not know when to end"),
     "perplexity": ("Perplexity", ""),
+    "router_loss": ("Loss of the routers", "the number of experts that a token passes, where all are in equal use"),
     "explained_variance": ("Explained variance of the critic", "1 is perfect, below 0 is worse than a constant"),
     "value": ("Values", "what is expected of the rest of an episode"),
     "ratio_gap": ("Gap between rollout and training", "largest difference of log-probabilities, nats"),

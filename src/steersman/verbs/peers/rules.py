@@ -455,6 +455,10 @@ def _resume(_: Translation, value: Any) -> dict[str, Any]:
     raise LeftOutError("is another toolkit's checkpoint; here --resume goes on with the run in run.dir")
 
 
+def _router_loss(_: Translation, value: Any) -> dict[str, Any]:
+    return {} if is_number(value) and value == 0 else {"train.router_loss": value}
+
+
 _ANYWAY = "the loss is on completions alone here: answers, and the assistant's turns of a chat"
 RULES: dict[str, Callable[[Translation, Any], dict[str, Any]]] = {
     "lr_scheduler_type": _schedule, "lr_scheduler": _schedule, "adam_betas": _betas, "max_grad_norm": _grad_norm,
@@ -474,6 +478,7 @@ RULES: dict[str, Callable[[Translation, Any], dict[str, Any]]] = {
     "streaming": _switch("data.stream", True), "dataset_streaming": _switch("data.stream", True),
     "assistant_only_loss": _only(True, _ANYWAY), "completion_only_loss": _only(True, _ANYWAY),
     "train_on_prompt": _only(False, _ANYWAY), "use_dft_loss": _dft, "ld_alpha": _ld_alpha,
+    **dict.fromkeys(("router_aux_loss_coef", "moe_aux_loss_coef", "aux_loss_coef"), _router_loss),
     "pref_bco_weight": _pref_bco_weight, "loss_type": _average, "importance_sampling_level": _ratio_level,
     "advantage_estimator": _estimator, "epsilon": _clip_low, "cliprange": _clip_low, "eps_clip": _clip_low,
     "epsilon_high": _clip_high, "eps_clip_low_high": _clip_both, "reward_clip_range": _reward_clip,

@@ -64,12 +64,12 @@ OF_TOOLKIT = {
     "openrlhf": {
         "pretrain", "prompt_data", "rollout_batch_size", "micro_train_batch_size", "actor_learning_rate",
         "n_samples_per_prompt", "generate_max_len", "prompt_max_len", "init_kl_coef", "zero_stage", "max_epochs",
-        "save_path", "advantage_estimator",
+        "save_path", "advantage_estimator", "aux_loss_coef",
     },
     "llamafactory": {
         "stage", "finetuning_type", "cutoff_len", "pref_beta", "pref_loss", "template", "lora_target", "dataset_dir",
         "val_size", "quantization_bit", "use_dft_loss", "pref_bco_weight", "mask_history", "train_on_prompt",
-        "ppo_buffer_size", "neat_packing",
+        "ppo_buffer_size", "neat_packing", "moe_aux_loss_coef",
     },
 }  # fmt: skip
 """Names that one toolkit alone has; a file with none of them is TRL's."""

@@ -9,6 +9,25 @@ const SETTLES = 500;
 requestAnimationFrame(() => setTimeout(() => { document.body.dataset.settled = "1"; }, SETTLES));
 let sending = false;
 let refused = false;
+let done = null;
+
+// What is typed outlives its page: in this tab it stands in its field again when the page comes back, as it does behind
+// a thumb or "Undo", until its own form is stored. Logging out forgets it.
+const place = (field) => `${field.form.action} ${field.name}`;
+for (const field of document.querySelectorAll("main form textarea")) {
+  const kept = sessionStorage.getItem(place(field));
+  if (kept === null) continue;
+  field.value = kept;
+  const folded = field.closest("details");
+  if (folded) folded.open = true;
+}
+window.addEventListener("pagehide", () => {
+  if (done && done.matches('[action="/logout"]')) return sessionStorage.clear();
+  for (const field of document.querySelectorAll("main form textarea")) {
+    if (field.form !== done && field.value !== field.defaultValue) sessionStorage.setItem(place(field), field.value);
+    else sessionStorage.removeItem(place(field));
+  }
+});
 
 // A key presses the button that shows it, but not while something is typed, and once however long it is held.
 document.addEventListener("keydown", (event) => {
@@ -67,6 +86,7 @@ document.addEventListener("submit", (event) => {
   sending = true;
   const seconds = form.querySelector('input[name="seconds"]');
   if (seconds) seconds.value = ((performance.now() - opened) / 1000).toFixed(2);
+  if (!form.dataset.saved) done = form;  // a message that is on its way is shown by the page that comes next
   if (!form.dataset.saved && !form.dataset.slow) return;
   event.preventDefault();
   status.textContent = form.dataset.slow ? document.body.dataset.thinking : "";
@@ -83,7 +103,10 @@ async function send(form, data, pause) {
     if (refused) data.set("csrf", await token());
     const answer = await fetch(form.action, { method: "POST", body: data });
     if (answer.status >= 500 || (answer.status === 429 && form.dataset.saved)) throw new Error("again");
-    if (answer.redirected) return arrive(answer.url.split("#")[0], form.dataset.slow);
+    if (answer.redirected) {
+      done = form;
+      return arrive(answer.url.split("#")[0], form.dataset.slow);
+    }
     refused = true;
     const told = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("error");
     stay(told ? told.textContent : `${answer.status} ${answer.statusText}`);
@@ -98,6 +121,7 @@ function stay(why) {
   status.textContent = why;
   status.scrollIntoView({ block: "nearest" });
   sending = false;
+  done = null;
 }
 
 // Replacing keeps the back button off a page that is judged already; a new turn of a chat is scrolled to.
