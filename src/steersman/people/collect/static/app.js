@@ -9,7 +9,7 @@ const SETTLES = 500;
 requestAnimationFrame(() => setTimeout(() => { document.body.dataset.settled = "1"; }, SETTLES));
 let sending = false;
 let refused = false;
-let done = null;
+let leaving = null;
 
 // What is typed outlives its page: in this tab it stands in its field again when the page comes back, as it does behind
 // a thumb or "Undo", until its own form is stored. Logging out forgets it.
@@ -21,12 +21,13 @@ for (const field of document.querySelectorAll("main form textarea")) {
   const folded = field.closest("details");
   if (folded) folded.open = true;
 }
-window.addEventListener("pagehide", () => {
-  if (done && done.matches('[action="/logout"]')) return sessionStorage.clear();
-  for (const field of document.querySelectorAll("main form textarea")) {
-    if (field.form !== done && field.value !== field.defaultValue) sessionStorage.setItem(place(field), field.value);
-    else sessionStorage.removeItem(place(field));
-  }
+function keep(field) {
+  if (field.value === field.defaultValue) sessionStorage.removeItem(place(field));
+  else sessionStorage.setItem(place(field), field.value);
+}
+const forget = (form) => form.querySelectorAll("textarea").forEach((field) => sessionStorage.removeItem(place(field)));
+document.addEventListener("input", ({ target }) => {
+  if (target.matches("main form textarea")) keep(target);
 });
 
 // A key presses the button that shows it, but not while something is typed, and once however long it is held.
@@ -86,7 +87,11 @@ document.addEventListener("submit", (event) => {
   sending = true;
   const seconds = form.querySelector('input[name="seconds"]');
   if (seconds) seconds.value = ((performance.now() - opened) / 1000).toFixed(2);
-  if (!form.dataset.saved) done = form;  // a message that is on its way is shown by the page that comes next
+  if (form.matches('[action="/logout"]')) sessionStorage.clear();
+  if (!form.dataset.saved) {  // a message that is on its way is shown by the page that comes next
+    leaving = form;
+    forget(form);
+  }
   if (!form.dataset.saved && !form.dataset.slow) return;
   event.preventDefault();
   status.textContent = form.dataset.slow ? document.body.dataset.thinking : "";
@@ -104,7 +109,7 @@ async function send(form, data, pause) {
     const answer = await fetch(form.action, { method: "POST", body: data });
     if (answer.status >= 500 || (answer.status === 429 && form.dataset.saved)) throw new Error("again");
     if (answer.redirected) {
-      done = form;
+      forget(form);
       return arrive(answer.url.split("#")[0], form.dataset.slow);
     }
     refused = true;
@@ -121,7 +126,8 @@ function stay(why) {
   status.textContent = why;
   status.scrollIntoView({ block: "nearest" });
   sending = false;
-  done = null;
+  if (leaving) leaving.querySelectorAll("textarea").forEach(keep);
+  leaving = null;
 }
 
 // Replacing keeps the back button off a page that is judged already; a new turn of a chat is scrolled to.
