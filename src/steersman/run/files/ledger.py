@@ -128,9 +128,8 @@ class Ledger:
         return ranks().from_main(lambda: self._read(name), "a table") if self._has(name) else []
 
     def provenance(self, name: str) -> dict[str, Any]:
-        """What stands beside a table of where it came from; nothing where it was not made."""
-        read = lambda: json.loads(self._about(name).read_text(encoding="utf-8"))  # noqa: E731
-        return ranks().from_main(read, "a table's provenance") if self._has(name) else {}
+        """What stands beside a table of where it came from; nothing where it was not made, or can not be read."""
+        return ranks().from_main(lambda: self._told(name), "a table's provenance") if self._has(name) else {}
 
     def parts(
         self, name: str, count: int, make: Callable[[range, Progress], Rows], *, size: int = 1, **about: Any
@@ -246,16 +245,18 @@ class Ledger:
         write_atomic(self._about(name), json.dumps(told, indent=1, ensure_ascii=False))
 
     def _read(self, name: str) -> Rows:
-        path, about = self.path / f"{name}.jsonl", self._about(name)
-        told: dict[str, Any] = {}
-        with suppress(ValueError):
-            told = json.loads(about.read_text(encoding="utf-8"))
-        if told.get("sha256") != _sha256(path):
+        path = self.path / f"{name}.jsonl"
+        if self._told(name).get("sha256") != _sha256(path):
             raise SteersmanError(
-                f"{path}: it is not what the run wrote there, by the SHA-256 in {about.name}; put both files back as "
-                "they were, or remove both and run again with --resume, which makes the table anew"
+                f"{path}: it is not what the run wrote there, by the SHA-256 in {self._about(name).name}; put both files "
+                "back as they were, or remove both and run again with --resume, which makes the table anew"
             )
         return read_jsonl(path)
+
+    def _told(self, name: str) -> dict[str, Any]:
+        with suppress(ValueError):
+            return json.loads(self._about(name).read_text(encoding="utf-8"))
+        return {}
 
     def _bytes_of_replies(self) -> int:
         files = [self.path / name for name in REPLIES]
