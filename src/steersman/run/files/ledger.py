@@ -248,8 +248,8 @@ class Ledger:
         path = self.path / f"{name}.jsonl"
         if self._told(name).get("sha256") != _sha256(path):
             raise SteersmanError(
-                f"{path}: it is not what the run wrote there, by the SHA-256 in {self._about(name).name}; put both files "
-                "back as they were, or remove both and run again with --resume, which makes the table anew"
+                f"{path}: it is not what the run wrote there, by the SHA-256 in {self._about(name).name}; put both "
+                "files back as they were, or remove both and run again with --resume, which makes the table anew"
             )
         return read_jsonl(path)
 
